@@ -4,9 +4,10 @@ A `Progress` is called only at points where everything done so far is consistent
 caller saves what it has and lets the exception through.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What a long job calls while it works."""
 

@@ -21,6 +21,7 @@ def card(manifest: "Manifest") -> bytes:
     settings = "\n".join(f"| {name} | {value} |" for name, value in _flat(manifest.identity))
     counts = "\n".join(f"| {name.replace('_', ' ')} | {value:,} |" for name, value in manifest.counts.items())
     classes = f"Classes: {', '.join(manifest.class_names)}.\n\n" if manifest.class_names else ""
+    first, width = next((name, site.width) for name, site in manifest.sites.items())
     text = f"""---
 library_name: clvq
 tags:
@@ -31,7 +32,7 @@ license: unknown
 
 # Activations for clvq
 
-Paired activations of a language model: {geometry.rows:,} rows of {geometry.texts:,} texts, every row at each site below.
+Paired activations of a language model: {geometry.rows:,} rows of {geometry.texts:,} texts, each row at all sites below.
 The texts in `texts.parquet` keep the licence of the data set that they come from, and activations can be partly turned
 back into text: share this cache under the same terms.
 
@@ -60,7 +61,7 @@ import clvq
 
 cache = clvq.Cache("this-folder")
 rows = cache.rows_of(cache.splits(["{next(iter(manifest.splits))}"]))
-vectors = cache.vectors("{next(iter(manifest.sites))}", rows[:1000])  # float32 [1000, {next(iter(manifest.sites.values())).width}]
+vectors = cache.vectors("{first}", rows[:1000])  # float32 [row, {width}]
 ```
 
 `activations.zarr` is a plain Zarr v3 group: `zarr.open_group("this-folder/activations.zarr", mode="r")`. An array whose

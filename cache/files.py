@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import DiskFull, FolderInUse
+from ..errors import ConfigError, DiskFull, FolderInUse
 
 _HASH_BLOCK = 1 << 20
 
@@ -46,9 +46,17 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and its parents, each name made durable."""
+    """Create `folder` and its parents, each name made durable.
+
+    Raises
+    ------
+    ConfigError
+        Where a file stands in the way.
+    """
     missing = []
     while not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"{folder} is a file, and a folder is needed there: give another --out")
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
@@ -77,7 +85,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     # POSIX only; imported here so that caches can be read elsewhere too.
     import fcntl
 
-    make_folder(folder)
+    with disk_full_names(folder):
+        make_folder(folder)
     # The folder itself is locked: a lock file would be one more file in what people share.
     descriptor = os.open(folder, os.O_RDONLY)
     try:

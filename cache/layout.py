@@ -6,10 +6,19 @@ how many workers the cache was made.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import CacheCorrupt, CacheIncomplete, CacheNotFound, FormatVersion
 from .statistics import SiteStatistics
@@ -42,6 +51,14 @@ ROW_COLUMNS: dict[str, tuple[str, int]] = {
 }
 
 
+# Caches come from strangers: no name in a manifest may lead out of the folder.
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+FileName = Annotated[str, StringConstraints(pattern=rf"^{_PART}(/{_PART})*$", max_length=255)]
+SiteName = Annotated[str, StringConstraints(pattern=rf"^{_PART}$", max_length=100)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,17 +66,23 @@ class _Frozen(BaseModel):
 class Geometry(_Frozen):
     """How rows and texts lie in shards. Both axes have unused places at the end of each shard."""
 
-    shards: int
-    shard_rows: int
+    shards: Positive
+    shard_rows: Positive
     """Places for rows in a shard; row `r` lies in shard `r // shard_rows`."""
-    chunk_rows: int
+    chunk_rows: Positive
     """Rows in one compressed inner chunk of a site."""
-    shard_texts: int
+    shard_texts: Positive
     """Places for texts in a shard; text `t` lies in shard `t // shard_texts`."""
-    rows: int
+    rows: Count
     """Rows in use."""
-    texts: int
+    texts: Count
     """Texts in use."""
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> "Geometry":
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows is {self.shard_rows}, no multiple of chunk_rows, {self.chunk_rows}")
+        return self
 
     @property
     def row_places(self) -> int:
@@ -75,14 +98,14 @@ class Geometry(_Frozen):
 class SiteLayout(_Frozen):
     """How the vectors of one site are stored."""
 
-    width: int
+    width: Positive
     encoding: Encoding
 
 
 class FileEntry(_Frozen):
     """A file as it was when it was written."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -92,9 +115,9 @@ class ShardRecord(_Frozen):
     shard: int
     rows: int
     texts: int
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
     """Path inside the cache → what was written there."""
-    statistics: dict[str, SiteStatistics]
+    statistics: dict[SiteName, SiteStatistics]
 
 
 class SiteEntry(SiteLayout):
@@ -108,7 +131,7 @@ class ShardEntry(_Frozen):
 
     rows: int
     texts: int
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
 
 
 class SplitEntry(_Frozen):
@@ -126,20 +149,34 @@ class Manifest(_Frozen):
     identity: dict[str, JsonValue]
     """Everything that the stored values follow from: model, tokenizer, data, sites, rows rule, lengths, dtype."""
     geometry: Geometry
-    sites: dict[str, SiteEntry]
+    sites: dict[SiteName, SiteEntry]
     splits: dict[str, SplitEntry]
     class_names: list[str] | None
     """Names of the labels 0, 1, …; `None` where the data has no labels."""
-    predictions: bool
-    """Whether `texts/logits` is there."""
+    classes: Positive | None
+    """Width of `texts/logits`; `None` where it is not there."""
     counts: dict[str, int]
     """What happened to the texts: truncated ones, empty ones, words left out."""
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
     """Every file that belongs to no shard, this manifest excepted."""
     shards: list[ShardEntry]
 
+    @property
+    def predictions(self) -> bool:
+        """Whether `texts/logits` is there."""
+        return self.classes is not None
 
-def to_json(value: BaseModel | JsonValue) -> bytes:
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        if len(self.shards) != self.geometry.shards:
+            raise ValueError(f"{len(self.shards)} shards are listed and {self.geometry.shards} are laid out")
+        for name, site in self.sites.items():
+            if not len(site.statistics.mean) == len(site.statistics.squares) == site.width:
+                raise ValueError(f"the statistics of {name} have another width than its {site.width} channels")
+        return self
+
+
+def to_json(value: BaseModel | Mapping[str, Any]) -> bytes:
     """JSON with sorted keys, so that equal values give equal bytes."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return (json.dumps(plain, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -189,10 +226,11 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CacheCorrupt(f"{path / MANIFEST} is not JSON ({error}); get a whole copy of the cache") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise CacheCorrupt(f"{path / MANIFEST} is not the manifest of a clvq cache: it has no \"format\": \"{FORMAT}\"")
-    if plain.get("version") != VERSION:
+        raise CacheCorrupt(f'{path / MANIFEST} is not the manifest of a clvq cache: it has no "format": "{FORMAT}"')
+    version = plain.get("version")
+    if isinstance(version, int) and version != VERSION:
         raise FormatVersion(
-            f"{path} is a cache of format version {plain.get('version')!r}; this clvq reads version {VERSION}: "
+            f"{path} is a cache of format version {version}; this clvq reads version {VERSION}: "
             "use the clvq that wrote it, or extract again"
         )
     try:
@@ -203,8 +241,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         raise CacheCorrupt(f"{path / MANIFEST} is damaged at {where!r}: {first['msg']}; get a whole copy") from error
 
 
-def differences(found: JsonValue, wanted: JsonValue, name: str = "") -> list[str]:
-    """Where two JSON values differ, as `name: found → wanted`, nested names joined by dots."""
+def differences(found: object, wanted: object, name: str = "") -> list[str]:
+    """Where two JSON values differ, as `name: … there, … now`, nested names joined by dots."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return [
             line
@@ -216,6 +254,6 @@ def differences(found: JsonValue, wanted: JsonValue, name: str = "") -> list[str
     return [f"{name}: {_short(found)} there, {_short(wanted)} now"]
 
 
-def _short(value: JsonValue) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"

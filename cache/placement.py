@@ -37,10 +37,11 @@ def place(row_counts: Int64[np.ndarray, " text"], *, row_bytes: int) -> Placemen
         Raw bytes of one row of the widest site.
     """
     total, longest = int(row_counts.sum()), int(row_counts.max(initial=0))
-    chunk_rows = max(SMALLEST_CHUNK_ROWS, CHUNK_BYTES // row_bytes // SMALLEST_CHUNK_ROWS * SMALLEST_CHUNK_ROWS)
-    wanted = min(-(-total // SHARDS_WANTED), SHARD_BYTES // row_bytes)
-    chunk_rows = min(chunk_rows, _up(wanted, SMALLEST_CHUNK_ROWS))
-    shard_rows = _up(max(wanted, longest), chunk_rows)
+    largest_chunk = max(SMALLEST_CHUNK_ROWS, CHUNK_BYTES // row_bytes // SMALLEST_CHUNK_ROWS * SMALLEST_CHUNK_ROWS)
+    wanted = max(longest, min(-(-total // SHARDS_WANTED), SHARD_BYTES // row_bytes), 1)
+    chunks = -(-wanted // largest_chunk)
+    chunk_rows = _up(-(-wanted // chunks), SMALLEST_CHUNK_ROWS)
+    shard_rows = chunks * chunk_rows
 
     starts, shard, room = [0], np.zeros(len(row_counts), dtype=np.int64), shard_rows
     first_row = np.zeros(len(row_counts), dtype=np.int64)
@@ -53,7 +54,7 @@ def place(row_counts: Int64[np.ndarray, " text"], *, row_bytes: int) -> Placemen
         room -= count
     starts.append(len(row_counts))
     shard_starts = np.array(starts, dtype=np.int64)
-    shard_texts = int(np.diff(shard_starts).max())
+    shard_texts = max(1, int(np.diff(shard_starts).max()))
     text_id = shard * shard_texts + np.arange(len(row_counts)) - shard_starts[shard]
     geometry = Geometry(
         shards=len(starts) - 1,
@@ -67,4 +68,4 @@ def place(row_counts: Int64[np.ndarray, " text"], *, row_bytes: int) -> Placemen
 
 
 def _up(number: int, step: int) -> int:
-    return max(1, -(-number // step)) * step
+    return -(-number // step) * step

@@ -1,5 +1,6 @@
 """Reading a cache: rows of any site in any order, columns of the row axis, the texts."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +35,7 @@ class Cache:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest, self.id = read_manifest(self.path)
-        classes = None
-        if self.manifest.predictions:
-            classes = len(self.manifest.class_names or [])
-        self._layouts = array_layouts(self.manifest.geometry, self.manifest.sites, classes=classes)
+        self._layouts = array_layouts(self.manifest.geometry, self.manifest.sites, classes=self.manifest.classes)
 
     def site(self, name: str) -> str:
         """The full name of a site given as `8` or `hidden.8`.
@@ -59,11 +57,22 @@ class Cache:
 
     @cached_property
     def texts(self) -> pa.Table:
-        """`texts.parquet`: one row per text, sorted by `text_id`."""
+        """`texts.parquet`: one row per text, sorted by `text_id`.
+
+        Raises
+        ------
+        CacheCorrupt
+            Where the file is missing or is not the one that was written.
+        """
+        file, entry = self.path / TEXTS, self.manifest.files.get(TEXTS)
         try:
-            return pq.read_table(self.path / TEXTS)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CacheCorrupt(f"{self.path / TEXTS} cannot be read ({error}); get a whole copy of it") from error
+            data = file.read_bytes()
+            # Parquet's pages carry no checksums: a flipped bit could pass for another label.
+            if entry is None or hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise CacheCorrupt(f"{file} has other bytes than were written; get a whole copy of it")
+            return pq.read_table(pa.BufferReader(data))
+        except (OSError, pa.ArrowException) as error:
+            raise CacheCorrupt(f"{file} cannot be read ({error}); get a whole copy of it") from error
 
     @cached_property
     def text_index(self) -> Int64[np.ndarray, " text_place"]:
@@ -115,6 +124,8 @@ class Cache:
         ------
         CacheCorrupt
             Where a chunk or index fails its checksum or a file is missing.
+        IndexError
+            Where a row lies outside the row axis, as the −1 of a batch's padding does.
         """
         return from_bits(self.bits(site, rows), self.manifest.sites[site].encoding)
 
@@ -146,7 +157,11 @@ class Cache:
     def read_array(
         path: Path, name: str, layout: ArrayLayout, places: Int64[np.ndarray, " place"]
     ) -> Shaped[np.ndarray, "place *rest"]:
-        """Places of an array in the order given; each chunk is decoded once where `places` ascend."""
+        """Places of an array in the order given; each chunk is decoded once."""
+        if len(places) and (places.min() < 0 or places.max() >= layout.shape[0]):
+            raise IndexError(
+                f"{name} has places 0 to {layout.shape[0] - 1}; places {places.min()} to {places.max()} were asked for"
+            )
         out = np.empty((len(places), *layout.shape[1:]), dtype=layout.dtype)
         order = np.arange(len(places)) if np.all(places[1:] >= places[:-1]) else np.argsort(places, kind="stable")
         ordered = places[order]

@@ -94,13 +94,15 @@ class TextStream:
         """The places of all rows that the stream delivers in an epoch."""
         return self._rows
 
-    def plan(self, epoch: int) -> list[list[Int64[np.ndarray, " batch"]]]:
+    def plan(self, epoch: int) -> list[list[Int64[np.ndarray, " _"]]]:
         """Pools of batches of an epoch; the numbers are the stream's own text numbers."""
         generator = np.random.default_rng([self.seed, epoch])
         shards = generator.permutation(np.unique(self._shards))
         members = np.split(np.arange(len(self._texts)), np.flatnonzero(np.diff(self._shards)) + 1)
         by_shard = {int(self._shards[part[0]]): part for part in members}
-        pools, pool, rows = [], [], 0
+        pools: list[Int64[np.ndarray, " text"]] = []
+        pool: list[Int64[np.ndarray, " text"]] = []
+        rows = 0
         for shard in shards.tolist():
             part = by_shard[shard]
             count = int(self._lengths[part].sum())
@@ -114,7 +116,7 @@ class TextStream:
 
     def _batches(
         self, pool: Int64[np.ndarray, " text"], generator: np.random.Generator
-    ) -> list[Int64[np.ndarray, " batch"]]:
+    ) -> list[Int64[np.ndarray, " _"]]:
         mixed = generator.permutation(pool)
         mixed = mixed[np.argsort(self._lengths[mixed], kind="stable")]
         batches, start, real = [], 0, 0
@@ -151,7 +153,7 @@ class TextStream:
                 skip = 0
 
     def _read(
-        self, batches: list[Int64[np.ndarray, " batch"]]
+        self, batches: list[Int64[np.ndarray, " _"]]
     ) -> tuple[Int64[np.ndarray, " row"], dict[str, Shaped[np.ndarray, "row d"]]]:
         texts = np.sort(np.concatenate(batches))
         rows = self._rows[_spans(self._starts[texts], self._lengths[texts])]

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Shaped
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
-from ..errors import ConfigError, ResumeMismatch
+from ..errors import ConfigError, DataError, ResumeMismatch
 from .card import card
 from .encoding import LOGITS, array_layouts, from_bits, group_metadata, to_bits, write_shard
 from .files import disk_full_names, fsync_folder, make_folder, only_writer, sha256_of, write_file
@@ -70,7 +71,8 @@ class Shard:
 class Extraction:
     """What is to be written: everything that must be equal for work to go on in the same folder."""
 
-    identity: dict[str, JsonValue]
+    # JSON; pydantic's recursive type for it cannot be checked at run time from another module.
+    identity: dict[str, Any]
     geometry: Geometry
     sites: dict[str, SiteLayout]
     classes: int | None
@@ -116,7 +118,8 @@ class CacheWriter:
         self._stack = ExitStack()
         self._stack.enter_context(only_writer(path))
         try:
-            self._take_over(force=force)
+            with disk_full_names(path):
+                self._take_over(force=force)
         except BaseException:
             self._stack.close()
             raise
@@ -134,14 +137,14 @@ class CacheWriter:
         plain = self.extraction.to_plain()
         found = self._found()
         if found is not None:
-            lines = differences(found, {key: plain[key] for key in found})
+            lines = differences(found, plain)
             if lines and not force:
                 raise ResumeMismatch(
                     f"{self.path} holds an extraction with other settings ({'; '.join(lines[:8])}"
                     f"{'; …' if len(lines) > 8 else ''}): give another --out, or --force to delete it"
                 )
             if lines:
-                self._delete()
+                self._delete(found)
         self.finished = (self.path / MANIFEST).is_file()
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
         for left_by_a_kill in self.path.rglob(".*.aside"):
@@ -156,17 +159,18 @@ class CacheWriter:
         self._write_metadata()
         self.done = {number for number in range(self.extraction.geometry.shards) if self._is_whole(number)}
 
-    def _found(self) -> dict[str, Any] | None:
+    def _found(self) -> dict[str, JsonValue] | None:
         """What the folder holds, in the terms of `Extraction.to_plain`; `None` where it is empty."""
         names = {entry.name for entry in self.path.iterdir()}
         if not names:
             return None
         if MANIFEST in names:
             manifest, _ = read_manifest(self.path)
-            return {"identity": manifest.identity, "geometry": manifest.geometry.model_dump(mode="json")}
+            sites = {name: SiteLayout(width=s.width, encoding=s.encoding) for name, s in manifest.sites.items()}
+            return Extraction(manifest.identity, manifest.geometry, sites, manifest.classes).to_plain()
         if UNFINISHED in names:
-            with suppress(ValueError):
-                found = json.loads((self.path / UNFINISHED).read_bytes())
+            with suppress(ValueError, RecursionError):
+                found: JsonValue = json.loads((self.path / UNFINISHED).read_bytes())
                 if isinstance(found, dict) and found.keys() == self.extraction.to_plain().keys():
                     return found
             raise ConfigError(
@@ -182,8 +186,9 @@ class CacheWriter:
             f"{self.path} is not empty and is not a clvq cache (it holds {sorted(names)[0]!r}): give another --out"
         )
 
-    def _delete(self) -> None:
-        # The manifest goes first: without it the folder never claims to be whole while it is being deleted.
+    def _delete(self, found: dict[str, JsonValue]) -> None:
+        # Killed half-way, the folder says that it is unfinished, never that it is whole or not a cache.
+        write_file(self.path / UNFINISHED, to_json(found))
         for name in [MANIFEST, *sorted(_OWN_NAMES - {MANIFEST, UNFINISHED}), UNFINISHED]:
             target = self.path / name
             if target.is_dir() and not target.is_symlink():
@@ -212,17 +217,18 @@ class CacheWriter:
                 write_file(file, data)
 
     def _is_whole(self, number: int) -> bool:
-        """Whether the shard has a record and the record's files are there; one that lost a file is made again."""
+        """Whether the shard has a record and the files it names; one that lost either is made again."""
         file = self.path / record_file(number)
         if not file.is_file():
             return False
-        record = ShardRecord.model_validate_json(file.read_bytes())
-        for name, entry in record.files.items():
-            target = self.path / name
-            if not target.is_file() or target.stat().st_size != entry.bytes:
-                file.unlink()
-                return False
-        return True
+        try:
+            files = ShardRecord.model_validate_json(file.read_bytes()).files
+        except ValidationError:
+            files = None
+        if files is not None and all(_has_size(self.path / name, entry.bytes) for name, entry in files.items()):
+            return True
+        file.unlink()
+        return False
 
     def commit(self, shard: Shard) -> None:
         """Write one shard and its record. Safe to repeat.
@@ -230,11 +236,13 @@ class CacheWriter:
         Raises
         ------
         DataError
-            Where the encoding cannot hold a value.
+            Where the encoding cannot hold a value, or the shard does not fit the extraction.
         DiskFull
             Where there is no room; shards committed before are kept.
+        ResumeMismatch
+            Where the shard was committed before with other bytes; what stands there is kept.
         """
-        stored: dict[str, Shaped[np.ndarray, "row *rest"]] = {}
+        stored: dict[str, Shaped[np.ndarray, "place ..."]] = {}
         statistics = {}
         for site, values in shard.sites.items():
             encoding = self.extraction.sites[site].encoding
@@ -245,6 +253,7 @@ class CacheWriter:
             stored[f"rows/{column}"] = places
         if shard.logits is not None:
             stored[LOGITS] = shard.logits
+        self._check_fits(shard, stored)
         aside = self.path / STAGING
         entries = {}
         with disk_full_names(self.path), _emptied(aside):
@@ -253,11 +262,8 @@ class CacheWriter:
                 file = array_file(name, shard.number, len(layout.shape))
                 entries[file] = _write_durably(
                     aside / file.replace("/", "+"),
-                    lambda sink, part=part, layout=layout: write_shard(sink, part, layout),
+                    partial(write_shard, values=part, layout=layout),
                 )
-            for file in entries:
-                os.replace(aside / file.replace("/", "+"), self.path / file)
-                fsync_folder((self.path / file).parent)
             record = ShardRecord(
                 shard=shard.number,
                 rows=len(shard.rows["text"]),
@@ -265,8 +271,39 @@ class CacheWriter:
                 files=entries,
                 statistics=statistics,
             )
-            self._create_record(aside, record)
+            if not self._is_recorded(record):
+                for file in entries:
+                    os.replace(aside / file.replace("/", "+"), self.path / file)
+                    fsync_folder((self.path / file).parent)
+                self._create_record(aside, record)
         self.done.add(shard.number)
+
+    def _check_fits(self, shard: Shard, stored: Mapping[str, Shaped[np.ndarray, "place ..."]]) -> None:
+        geometry = self.extraction.geometry
+        if not 0 <= shard.number < geometry.shards or stored.keys() != self.layouts.keys():
+            wrong = ", ".join(sorted(stored.keys() ^ self.layouts.keys())) or "its number"
+            raise DataError(f"shard {shard.number} is not of this extraction ({geometry.shards} shards): see {wrong}")
+        rows = len(shard.rows["text"])
+        for name, part in stored.items():
+            layout, places = self.layouts[name], shard.texts if name == LOGITS else rows
+            found, wanted = (part.dtype.name, *part.shape), (layout.dtype, places, *layout.shape[1:])
+            if found != wanted or places > layout.shard:
+                raise DataError(
+                    f"{name} of shard {shard.number} is {found}: {wanted} belongs there, "
+                    f"and at most {layout.shard} places"
+                )
+
+    def _is_recorded(self, record: ShardRecord) -> bool:
+        """Whether the same shard was committed before; its files then stay as they are."""
+        file = self.path / record_file(record.shard)
+        if not file.is_file():
+            return False
+        if file.read_bytes() != to_json(record):
+            raise ResumeMismatch(
+                f"shard {record.shard} of {self.path} was already written with other bytes: "
+                "run `clvq cache verify`, and extract into another --out"
+            )
+        return True
 
     def _create_record(self, aside: Path, record: ShardRecord) -> None:
         data, target = to_json(record), self.path / record_file(record.shard)
@@ -275,11 +312,7 @@ class CacheWriter:
         try:
             os.link(aside / "record", target)
         except FileExistsError:
-            if target.read_bytes() != data:
-                raise ResumeMismatch(
-                    f"shard {record.shard} of {self.path} was already written with other bytes: "
-                    "run `clvq cache verify`, and extract into another --out"
-                ) from None
+            self._is_recorded(record)
         fsync_folder(target.parent)
 
     def finish(
@@ -332,7 +365,7 @@ class CacheWriter:
             },
             splits=_splits(texts),
             class_names=class_names,
-            predictions=LOGITS in self.layouts,
+            classes=self.extraction.classes,
             counts=counts,
             files={},
             shards=[ShardEntry(rows=r.rows, texts=r.texts, files=r.files) for r in records],
@@ -342,7 +375,8 @@ class CacheWriter:
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
         write_file(self.path / MANIFEST, to_json(manifest))
         (self.path / UNFINISHED).unlink(missing_ok=True)
-        fsync_folder(self.path)
+        with disk_full_names(self.path):
+            fsync_folder(self.path)
         self.finished = True
         return manifest
 
@@ -354,6 +388,10 @@ class CacheWriter:
         known = np.isfinite(logits).all(axis=1)
         predicted = np.where(known, np.nan_to_num(logits).argmax(axis=1), -1)
         return texts.add_column(where, "prediction", pa.array(predicted, pa.int32(), mask=~known))
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 @contextmanager

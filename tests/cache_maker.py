@@ -1,0 +1,144 @@
+"""Small caches with known contents, for the tests of `clvq.cache`; as a script, it writes one into the folder given."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from clvq.cache.layout import ROW_COLUMNS, Encoding, Geometry, Manifest, SiteLayout
+from clvq.cache.placement import Placement, place
+from clvq.cache.writer import CacheWriter, Extraction, Shard
+
+CLASSES = ["bad", "good", "none"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Everything that a cache should hold; texts and rows are numbered in the order of the plan."""
+
+    extraction: Extraction
+    placement: Placement
+    counts: np.ndarray
+    vectors: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+    logits: np.ndarray | None
+    splits: list[str]
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.extraction.geometry
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each row lies on the row axis."""
+        starts = np.repeat(self.placement.first_row - (np.cumsum(self.counts) - self.counts), self.counts)
+        return starts + np.arange(self.counts.sum())
+
+    def shard(self, number: int) -> Shard:
+        first, last = self.placement.shard_starts[number : number + 2]
+        ends = np.r_[0, np.cumsum(self.counts)]
+        part = slice(ends[first], ends[last])
+        return Shard(
+            number=number,
+            sites={name: values[part] for name, values in self.vectors.items()},
+            rows={name: values[part] for name, values in self.columns.items()},
+            texts=int(last - first),
+            logits=None if self.logits is None else self.logits[first:last],
+        )
+
+    def texts(self) -> pa.Table:
+        count = len(self.counts)
+        return pa.table(
+            {
+                "text_id": pa.array(self.placement.text_id, pa.int64()),
+                "split": self.splits,
+                "text": [f"text {number}" for number in range(count)],
+                "label": pa.array(np.arange(count) % 3, pa.int32()),
+                "first_row": pa.array(self.placement.first_row, pa.int64()),
+                "row_count": pa.array(self.counts, pa.int64()),
+            }
+        )
+
+    def write(self, path: Path, *, force: bool = False) -> Manifest | None:
+        """Write what is missing; `None` where the cache was finished before."""
+        with CacheWriter(path, self.extraction, force=force) as writer:
+            if writer.finished:
+                return None
+            for number in range(self.geometry.shards):
+                if number not in writer.done:
+                    writer.commit(self.shard(number))
+            return writer.finish(self.texts(), class_names=CLASSES, counts={"texts": len(self.counts)})
+
+    def with_identity(self, **changes: object) -> "Known":
+        identity = {**self.extraction.identity, **changes}
+        return replace(self, extraction=replace(self.extraction, identity=identity))
+
+
+def known(
+    *,
+    texts: int = 40,
+    longest: int = 40,
+    widths: dict[str, tuple[int, Encoding]] | None = None,
+    chunk_rows: int = 32,
+    predictions: bool = True,
+    seed: int = 0,
+) -> Known:
+    """Contents of a cache whose shards have several chunks and unused places on both axes."""
+    widths = widths or {"hidden.1": (6, "bf16"), "hidden.2": (5, "fp32")}
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(1, longest + 1, texts)
+    placement = place(counts, row_bytes=24)
+    rows = int(counts.sum())
+    within = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
+    last = within == np.repeat(counts, counts) - 1
+    columns = {
+        "text": np.repeat(placement.text_id, counts),
+        "position": within * 2 + 1,
+        "subwords": generator.integers(1, 3, rows),
+        "token": generator.integers(0, 1000, rows),
+        "word": within,
+        "char_start": within * 5,
+        "char_end": within * 5 + 4,
+        "special": np.where(within == 0, 1, np.where(last, 2, 0)),
+    }
+    return Known(
+        extraction=Extraction(
+            identity={"model": {"name": "tiny", "commit": None}, "sites": list(widths), "length": 128},
+            geometry=placement.geometry.model_copy(update={"chunk_rows": chunk_rows}),
+            sites={name: SiteLayout(width=width, encoding=encoding) for name, (width, encoding) in widths.items()},
+            classes=len(CLASSES) if predictions else None,
+        ),
+        placement=placement,
+        counts=counts,
+        vectors={
+            name: (generator.normal(size=(rows, width)) * np.exp(generator.normal(size=width))).astype(np.float32)
+            for name, (width, _) in widths.items()
+        },
+        columns={name: columns[name].astype(dtype) for name, (dtype, _) in ROW_COLUMNS.items()},
+        logits=generator.normal(size=(texts, len(CLASSES))).astype(np.float32) if predictions else None,
+        splits=generator.choice(["train", "dev"], texts).tolist(),
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def without_waiting() -> Iterator[None]:
+    """A fixture's body for tests of other things than durability: waiting for the disk would be most of their time."""
+    real, os.fsync = os.fsync, lambda descriptor: None
+    try:
+        yield
+    finally:
+        os.fsync = real
+
+
+if __name__ == "__main__":
+    made = known()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    made.write(Path(sys.argv[1]))

@@ -1,0 +1,234 @@
+"""Values to bits and shard files, and back."""
+
+import io
+import struct
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from clvq.cache.encoding import ArrayLayout, from_bits, read_chunk, read_index, to_bits, write_shard
+from clvq.cache.layout import Encoding
+from clvq.errors import CacheCorrupt, DataError
+from google_crc32c import value as crc32c
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numcodecs import blosc
+
+# Float32 bits of both zeros, subnormals, ties to even and to odd, and the largest value that bf16 can round to.
+AWKWARD = [0, 1 << 31, 1, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7FFFFF, 0x3F808000, 0x3F818000, 0x3F808001, 0x7F7F7FFF]
+BF16_OVERFLOW = 0x7F7F8000
+
+
+def floats(bits: list[int]) -> np.ndarray:
+    return np.array(bits, dtype=np.uint32).view(np.float32)[None]
+
+
+def below(limit: int) -> st.SearchStrategy[list[int]]:
+    """Bits of float32 values of either sign whose magnitude's bits are below `limit`."""
+    one = st.builds(lambda sign, bits: sign << 31 | bits, st.integers(0, 1), st.integers(0, limit - 1))
+    return st.lists(one, min_size=1, max_size=50)
+
+
+@settings(deadline=None)
+@given(below(BF16_OVERFLOW))
+@example(AWKWARD)
+def test_bf16_rounds_as_torch_does(bits: list[int]) -> None:
+    values = floats(bits)
+    oracle = torch.from_numpy(values.copy()).to(torch.bfloat16)
+    stored = to_bits(values, "bf16", site="hidden.1")
+    assert stored.dtype == np.uint16
+    assert np.array_equal(stored.view(np.int16), oracle.view(torch.int16).numpy())
+    assert np.array_equal(from_bits(stored, "bf16").view(np.uint32), oracle.float().numpy().view(np.uint32))
+
+
+@settings(deadline=None)
+@given(below(int(np.float32(65520.0).view(np.uint32))))
+@example([0x33000000, 0x33000001, 0x33800000, 0x387FC000, 0x387FE000, 0x477FE000, 0x477FEFFF])
+def test_fp16_rounds_as_torch_does(bits: list[int]) -> None:
+    values = floats(bits)
+    oracle = torch.from_numpy(values.copy()).to(torch.float16)
+    stored = to_bits(values, "fp16", site="hidden.1")
+    assert np.array_equal(stored.view(np.int16), oracle.view(torch.int16).numpy())
+    assert np.array_equal(from_bits(stored, "fp16").view(np.uint32), oracle.float().numpy().view(np.uint32))
+
+
+@settings(deadline=None)
+@given(below(0x7F800000))
+@example(AWKWARD)
+def test_fp32_keeps_every_bit(bits: list[int]) -> None:
+    values = floats(bits)
+    assert np.array_equal(from_bits(to_bits(values, "fp32", site="s"), "fp32").view(np.uint32), values.view(np.uint32))
+
+
+def test_no_rows_are_encoded_to_no_rows() -> None:
+    assert to_bits(np.zeros((0, 3), np.float32), "bf16", site="s").shape == (0, 3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_value_that_fp16_cannot_hold_is_refused(sign: int) -> None:
+    values = np.array([[1.0, sign * 65520.0]], dtype=np.float32)
+    with pytest.raises(DataError) as caught:
+        to_bits(values, "fp16", site="hidden.8")
+    assert str(caught.value) == (
+        "hidden.8 has a value of magnitude 65520, and fp16 holds at most 65,504: use --encoding bf16 or fp32"
+    )
+    assert np.isfinite(to_bits(np.nextafter(values, 0, dtype=np.float32), "fp16", site="hidden.8")).all()
+
+
+@pytest.mark.parametrize("sign", [0, 1 << 31])
+def test_a_value_that_bf16_would_round_to_infinity_is_refused(sign: int) -> None:
+    with pytest.raises(DataError) as caught:
+        to_bits(floats([sign | BF16_OVERFLOW]), "bf16", site="hidden.8")
+    assert str(caught.value) == (
+        "hidden.8 has a value of magnitude 3.39618e+38, and bf16 holds at most 3.38953e+38: use --encoding fp32"
+    )
+    assert np.isfinite(from_bits(to_bits(floats([sign | BF16_OVERFLOW - 1]), "bf16", site="s"), "bf16")).all()
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused(encoding: Encoding, value: float) -> None:
+    with pytest.raises(DataError, match=r"^s has a value that is not finite: the model itself overflowed; try"):
+        to_bits(np.array([[0.0, value, 1.0]], dtype=np.float32), encoding, site="s")
+
+
+def layout_of(dtype: str, shard: int, chunk: int, rest: tuple[int, ...], *, fill: int = 0) -> ArrayLayout:
+    dimensions = ("row", "d")[: 1 + len(rest)]
+    return ArrayLayout(dtype, (shard * 2, *rest), shard, chunk, fill, dimensions, {})
+
+
+def written(values: np.ndarray, layout: ArrayLayout) -> bytes:
+    sink = io.BytesIO()
+    write_shard(sink, values, layout)
+    return sink.getvalue()
+
+
+def read_back(data: bytes, layout: ArrayLayout) -> np.ndarray:
+    file = io.BytesIO(data)
+    index = read_index(file, layout, name="f")
+    return np.concatenate([read_chunk(file, entry, layout, name="f") for entry in index])
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(["uint16", "float16", "float32", "int32", "uint8"]),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.sampled_from([(), (1,), (7,)]),
+    st.data(),
+)
+def test_a_shard_file_returns_what_was_written_and_fill_elsewhere(
+    dtype: str, chunk: int, chunks: int, rest: tuple[int, ...], data: st.DataObject
+) -> None:
+    layout = layout_of(dtype, chunk * chunks, chunk, rest, fill=3)
+    used = data.draw(st.integers(0, layout.shard))
+    values = np.random.default_rng(used).integers(0, 200, (used, *rest)).astype(dtype)
+    back = read_back(written(values, layout), layout)
+    assert back.dtype == values.dtype
+    assert np.array_equal(back[:used], values)
+    assert (back[used:] == 3).all()
+
+
+@pytest.fixture
+def many_threads() -> Iterator[None]:
+    before = blosc.set_nthreads(8)
+    yield
+    blosc.set_nthreads(before)
+
+
+@pytest.mark.usefixtures("many_threads")
+def test_large_chunks_have_the_same_bytes_however_many_threads_compress() -> None:
+    # More than one Blosc block of 1 MiB in a chunk would be written in the order in which threads finish.
+    layout = layout_of("int32", 4_000_000, 4_000_000, ())
+    values = np.random.default_rng(0).integers(0, 1 << 20, layout.shard).astype(np.int32)
+    several = {written(values, layout) for _ in range(5)}
+    alone: list[bytes] = []
+    thread = threading.Thread(target=lambda: alone.append(written(values, layout)))
+    thread.start()
+    thread.join()
+    blosc.set_nthreads(1)
+    assert several == {alone[0]} == {written(values, layout)}
+    nbytes, block = np.frombuffer(alone[0][4:12], dtype="<u4")
+    assert block == nbytes == layout.chunk_bytes
+
+
+LAYOUT = layout_of("uint16", 32, 8, (4,))
+
+
+def shard_bytes() -> bytes:
+    return written(np.arange(128, dtype=np.uint16).reshape(32, 4), LAYOUT)
+
+
+def forged(change_chunk: bytes | None = None, index: list[tuple[int, int]] | None = None) -> bytes:
+    """A shard file whose checksums are right though its contents were changed on purpose."""
+    data = shard_bytes()
+    table = np.frombuffer(data[-LAYOUT.index_bytes : -4], dtype="<u8").reshape(-1, 2).copy()
+    if change_chunk is not None:
+        end = int(table[0, 1])
+        data = change_chunk + struct.pack("<I", crc32c(change_chunk)) + data[end:]
+    if index is not None:
+        table[: len(index)] = index
+    packed = table.tobytes()
+    return data[: -LAYOUT.index_bytes] + packed + struct.pack("<I", crc32c(packed))
+
+
+def first_chunk() -> bytearray:
+    data = shard_bytes()
+    return bytearray(data[: int.from_bytes(data[-LAYOUT.index_bytes + 8 :][:8], "little") - 4])
+
+
+def test_a_file_shorter_than_its_index_is_called_cut_short() -> None:
+    with pytest.raises(CacheCorrupt) as caught:
+        read_back(shard_bytes()[:20], LAYOUT)
+    assert str(caught.value) == "f is cut short: 20 bytes, fewer than its index takes (68)"
+
+
+def test_a_changed_index_is_named() -> None:
+    data = bytearray(shard_bytes())
+    data[-30] ^= 1
+    with pytest.raises(CacheCorrupt) as caught:
+        read_back(bytes(data), LAYOUT)
+    assert str(caught.value) == "f is damaged: its index fails its checksum; `clvq cache verify` names what is whole"
+
+
+@pytest.mark.parametrize("entry", [(0, 2**40), (2**64 - 2, 8), (2**63, 2**63), (10_000, 1)])
+def test_an_index_that_points_outside_the_file_is_named(entry: tuple[int, int]) -> None:
+    with pytest.raises(CacheCorrupt, match=r"^f is damaged: its index points outside the file$"):
+        read_back(forged(index=[entry]), LAYOUT)
+
+
+def test_a_changed_chunk_is_named() -> None:
+    data = bytearray(shard_bytes())
+    data[25] ^= 1
+    with pytest.raises(CacheCorrupt) as caught:
+        read_back(bytes(data), LAYOUT)
+    assert str(caught.value) == "f is damaged: a chunk fails its checksum; `clvq cache verify` names what is whole"
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 19])
+def test_a_chunk_too_short_for_a_header_is_named(size: int) -> None:
+    with pytest.raises(CacheCorrupt, match="a chunk fails its checksum"):
+        read_back(forged(index=[(0, size)]), LAYOUT)
+
+
+def test_a_chunk_that_would_decode_to_another_size_is_refused_before_it_is_decoded() -> None:
+    chunk = first_chunk()
+    chunk[4:8] = (2**31 - 1).to_bytes(4, "little")
+    with pytest.raises(CacheCorrupt, match=r"^f is damaged: a chunk decodes to another size than 64 bytes$"):
+        read_back(forged(change_chunk=bytes(chunk)), LAYOUT)
+
+
+def test_a_chunk_whose_header_asks_for_bytes_beyond_it_is_refused() -> None:
+    chunk = first_chunk()
+    chunk[12:16] = (10**6).to_bytes(4, "little")
+    with pytest.raises(CacheCorrupt, match=r"^f is damaged: a chunk cannot be decompressed \(its header gives another"):
+        read_back(forged(change_chunk=bytes(chunk)), LAYOUT)
+
+
+def test_a_chunk_that_is_not_blosc_is_named() -> None:
+    chunk = first_chunk()
+    chunk[0] = 77
+    with pytest.raises(CacheCorrupt, match=r"^f is damaged: a chunk cannot be decompressed \(error during blosc"):
+        read_back(forged(change_chunk=bytes(chunk)), LAYOUT)
