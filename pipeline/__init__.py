@@ -1,0 +1,1 @@
+"""Texts to activations. The only part that loads a language model."""
