@@ -1,0 +1,1 @@
+"""Concept models and how they are fitted from a cache. Knows no language model."""

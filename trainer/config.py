@@ -1,0 +1,301 @@
+"""Everything that decides what a run becomes, and the two presets.
+
+The published figures stand in `_paper` alone: CLVQ-VAE, arXiv 2506.20040, with the authors' code at 9e9b9aa.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..cache.reader import Special
+from ..errors import ConfigError
+
+Preset = Literal["paper", "default"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StartConfig(_Frozen):
+    """Where the codes stand before the first step: k-means on a sample of training rows."""
+
+    space: Literal["lower", "encoded"]
+    """What is clustered: rows of the lower site, or what the quantiser sees."""
+    spherical: bool
+    """Cluster unit vectors; a code is then its centroid's direction times its members' mean norm."""
+    restarts: int = Field(ge=1)
+    """Runs of k-means, of which the best is taken."""
+    iterations: int = Field(ge=1)
+    """Upper limit of Lloyd's iterations."""
+    rows: int = Field(ge=1)
+    """Upper limit of the rows clustered; a seeded sample where there are more."""
+
+
+class QuantizerConfig(_Frozen):
+    """The codebook and how it follows the rows."""
+
+    codes: int = Field(ge=2)
+    decay: float = Field(ge=0, lt=1)
+    """Weight of the past in the running counts and sums."""
+    epsilon: float = Field(gt=0)
+    """Laplace smoothing of the counts."""
+    smoothed_counts: bool
+    """Store the smoothed counts back, as published; unused codes then shrink to zero."""
+    commitment: float = Field(ge=0)
+    """Weight of the loss that draws rows to their codes."""
+    top_k: int = Field(ge=1)
+    """While training a row's code is drawn from its `top_k` nearest; 1 takes the nearest."""
+    temperature: float = Field(gt=0)
+    """Of the draw, in units of squared distance or of `relative_temperature`."""
+    relative_temperature: bool
+    """Count the temperature in units of the batch's mean smallest squared distance."""
+    revive_after: int = Field(ge=0)
+    """A code unused for so many steps is put on a row of the batch; 0 = never."""
+
+
+class AdaptiveEncoder(_Frozen):
+    """The published encoder."""
+
+    kind: Literal["adaptive"]
+    mix_start: float
+    """a of mix = 0.5·sigmoid(a) before the first step."""
+
+
+class PredictorEncoder(_Frozen):
+    """A linear map to the upper site's space plus a residual MLP."""
+
+    kind: Literal["predictor"]
+    expansion: int = Field(ge=1)
+    """Hidden units of the MLP per channel of the lower site."""
+    weight: float = Field(ge=0)
+    """Weight of the loss that makes the encoder predict the upper row."""
+
+
+class DecoderConfig(_Frozen):
+    """The transformer between codes and upper rows."""
+
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    """Units of each layer's feed-forward part."""
+    dropout: float = Field(ge=0, lt=1)
+
+
+class OptimizerConfig(_Frozen):
+    """Adam and the plateau rule for its rate."""
+
+    name: Literal["adam", "adamw"]
+    """`adam` adds the weight decay to the gradient, `adamw` takes it from the weights."""
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    plateau_factor: float = Field(gt=0, lt=1)
+    plateau_patience: int = Field(ge=0)
+    """Epochs without a better held-out loss before the rate is multiplied by the factor."""
+
+
+class FitConfig(_Frozen):
+    """How long and in what portions."""
+
+    epochs: int = Field(ge=1)
+    """Upper limit, warm-up not counted."""
+    warmup_epochs: int = Field(ge=0)
+    """Epochs before the codebook starts, in which the encoder alone learns to predict the upper row."""
+    patience: int = Field(ge=1)
+    """Epochs without a better held-out loss before training stops."""
+    texts_per_batch: int = Field(ge=1)
+    slots_per_batch: int = Field(ge=1)
+    """Upper limit of texts × longest text in a batch."""
+    pool_rows: int = Field(ge=1)
+    """Rows held in memory to be shuffled."""
+    held_out_share: float = Field(gt=0, lt=1)
+    """Share of the texts held out where no held-out split is named."""
+    checkpoint_minutes: float = Field(gt=0)
+    """Also save within an epoch, so often. A checkpoint is saved at each epoch's end in any case."""
+
+
+class TrainConfig(_Frozen):
+    """A run's settings. Two runs of one cache with equal settings are equal."""
+
+    method: Literal["clvq-vae"]
+    preset: Preset
+    """Which network: the published one, or one whose decoder sees codes only."""
+    lower: str
+    """Full name of the site that concepts live at."""
+    upper: str
+    """Full name of the site that is reconstructed."""
+    split: tuple[str, ...]
+    held_out: str | None
+    """Split that measures; `None` holds out a seeded share of the texts."""
+    special: Special
+    seed: int = Field(ge=0)
+    start: StartConfig
+    quantizer: QuantizerConfig
+    encoder: Annotated[AdaptiveEncoder | PredictorEncoder, Field(discriminator="kind")]
+    decoder: DecoderConfig
+    optimizer: OptimizerConfig
+    fit: FitConfig
+
+
+def _paper(codes: int) -> dict[str, _Frozen]:
+    return {
+        # codebook_initialization.py, `spherical`; the cap only bounds memory, the published data stay below it.
+        "start": StartConfig(space="lower", spherical=True, restarts=5, iterations=300, rows=262_144),
+        # vector_quantizer.py and main.py: g = 0.99, ε = 1e-5, β = 0.1, k = 5, τ = 1 on raw squared distances.
+        "quantizer": QuantizerConfig(
+            codes=codes,
+            decay=0.99,
+            epsilon=1e-5,
+            smoothed_counts=True,
+            commitment=0.1,
+            top_k=5,
+            temperature=1.0,
+            relative_temperature=False,
+            revive_after=0,
+        ),
+        # model.py, `_ContinuousEmbedding`.
+        "encoder": AdaptiveEncoder(kind="adaptive", mix_start=0.2),
+        # model.py: nn.TransformerDecoder's defaults, six layers of eight heads.
+        "decoder": DecoderConfig(layers=6, heads=8, hidden=2048, dropout=0.1),
+        # main.py: Adam with L2, ReduceLROnPlateau(min, 0.5, 5).
+        "optimizer": OptimizerConfig(name="adam", lr=5e-3, weight_decay=1e-4, plateau_factor=0.5, plateau_patience=5),
+        # main.py: 50 epochs, early stop 15, batches of 128 sentences, 90/10 by sentence.
+        "fit": FitConfig(
+            epochs=50,
+            warmup_epochs=0,
+            patience=15,
+            texts_per_batch=128,
+            slots_per_batch=128 * 512,
+            pool_rows=262_144,
+            held_out_share=0.1,
+            checkpoint_minutes=10,
+        ),
+    }
+
+
+def _default(codes: int) -> dict[str, _Frozen]:
+    return {
+        "start": StartConfig(space="encoded", spherical=False, restarts=1, iterations=100, rows=65_536),
+        "quantizer": QuantizerConfig(
+            codes=codes,
+            decay=0.99,
+            epsilon=1e-5,
+            smoothed_counts=False,
+            commitment=0.1,
+            # Drawing from 5 gave the same own-code FVU and a worse decoder: 0.178 and 0.173 against 0.178 and 0.165.
+            top_k=1,
+            temperature=0.1,
+            relative_temperature=True,
+            revive_after=200,
+        ),
+        # At weight 1 the gradient that comes straight through the codes pushes rows away from them: a row then settles
+        # at twice its prediction less its code, and the prediction gets worse (held-out loss 0.15 → 0.26 in an epoch).
+        "encoder": PredictorEncoder(kind="predictor", expansion=4, weight=10.0),
+        "decoder": DecoderConfig(layers=2, heads=8, hidden=1024, dropout=0.0),
+        "optimizer": OptimizerConfig(name="adamw", lr=1e-3, weight_decay=1e-2, plateau_factor=0.5, plateau_patience=0),
+        "fit": FitConfig(
+            epochs=30,
+            warmup_epochs=5,
+            patience=5,
+            texts_per_batch=512,
+            # Small batches make a better predictor at equal cost: 0.133 after two epochs of 256 rows, 0.143 of 1,024.
+            slots_per_batch=512,
+            pool_rows=262_144,
+            held_out_share=0.1,
+            checkpoint_minutes=10,
+        ),
+    }
+
+
+_PRESETS = {"paper": _paper, "default": _default}
+
+
+def preset_config(
+    preset: str,
+    *,
+    lower: str,
+    upper: str,
+    codes: int = 400,
+    split: tuple[str, ...] = ("train",),
+    held_out: str | None = None,
+    seed: int = 42,
+) -> TrainConfig:
+    """The settings of a preset.
+
+    Raises
+    ------
+    ConfigError
+        Where there is no such preset or a value is out of range.
+    """
+    if preset not in _PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}: use one of {', '.join(_PRESETS)}")
+    try:
+        return TrainConfig.model_validate(
+            {
+                "method": "clvq-vae",
+                "preset": preset,
+                "lower": lower,
+                "upper": upper,
+                "split": split,
+                "held_out": held_out,
+                # The paper keeps <s>/[CLS] and drops </s>/[SEP].
+                "special": "leading",
+                "seed": seed,
+                **_PRESETS[preset](codes),
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from error
+
+
+def with_overrides(config: TrainConfig, values: Mapping[str, str]) -> TrainConfig:
+    """The settings with some replaced, named as `fit.epochs`; values are JSON where they parse as JSON, else strings.
+
+    Raises
+    ------
+    ConfigError
+        Where there is no such setting, or the value does not suit it.
+    """
+    plain = config.model_dump(mode="json")
+    for name, text in values.items():
+        level, parts = plain, name.split(".")
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            if part not in level or isinstance(level[part], dict) == last:
+                raise ConfigError(_no_setting(name, ".".join(parts[:depth]), part, level))
+            if last:
+                level[part] = _parsed(text)
+            else:
+                level = level[part]
+    try:
+        changed = TrainConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from error
+    for name in ("method", "preset", "encoder.kind"):
+        if name in values and changed != config:
+            raise ConfigError(f"{name} cannot be set by itself: choose another --preset")
+    return changed
+
+
+def _no_setting(name: str, parent: str, part: str, level: dict[str, Any]) -> str:
+    where = f"in {parent!r}" if parent else "here"
+    if isinstance(level.get(part), dict):
+        inner = ", ".join(f"{name}.{key}" for key in level[part])
+        return f"{name!r} is a group of settings: set one of {inner}"
+    return f"there is no setting {name!r}: {where} there are {', '.join(level)}"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # A discriminated union puts its tag into the place; it is no part of the setting's name.
+    name = ".".join(str(part) for part in first["loc"] if part not in ("adaptive", "predictor"))
+    return f"{name} cannot be {first['input']!r}: {first['msg']}"

@@ -1,0 +1,217 @@
+"""A finished run: concepts of rows, and the concepts' directions."""
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float, Float32, Int64
+from safetensors import SafetensorError
+
+from ..cache.files import make_folder, write_file
+from ..cache.layout import to_json
+from ..cache.reader import Cache
+from ..errors import ConfigError, RunMismatch, RunNotFound
+from .checkpoint import pack
+from .config import TrainConfig
+from .folder import CONFIG, MODEL, NETWORK, REPORT, TABLES, RunConfig, read_config
+from .network import Network, PaperNetwork, build
+from .report import Tables
+
+_ROWS_AT_A_TIME = 8192
+
+
+class Run:
+    """A concept model with what its training rows say of each concept.
+
+    Use `Run.from_pretrained`.
+    """
+
+    def __init__(self, description: RunConfig, network: Network, tables: Tables, report: bytes) -> None:
+        self._description = description
+        self._network = network.eval()
+        self._tables = tables
+        self._report = report
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, *, device: torch.device | None = None) -> "Run":
+        """The finished run in a folder.
+
+        Parameters
+        ----------
+        device
+            Where rows are assigned; the CPU where it is not given.
+
+        Raises
+        ------
+        RunNotFound
+            Where the folder is not a run, or an unfinished or damaged one.
+        FormatVersion
+        """
+        path = Path(path)
+        description = read_config(path)
+        if not (path / MODEL).is_file():
+            raise RunNotFound(
+                f"{path} is an unfinished run; run the `clvq train` command that began it again to finish it"
+            )
+        try:
+            tensors = safetensors.torch.load_file(path / MODEL)
+            report = (path / REPORT).read_bytes()
+            # Without memory of its own, so that a foreign description cannot ask for more than the file holds.
+            with torch.device("meta"):
+                network = build(description.config, d_lower=description.d_lower, d_upper=description.d_upper)
+            network.load_state_dict(
+                {name.removeprefix(NETWORK): value for name, value in tensors.items() if name.startswith(NETWORK)},
+                assign=True,
+            )
+            tables = Tables(
+                **{name.removeprefix(TABLES): value for name, value in tensors.items() if name.startswith(TABLES)}
+            )
+        except (SafetensorError, RuntimeError, TypeError, FileNotFoundError) as error:
+            raise RunNotFound(
+                f"{path} is damaged: its files do not fit together ({str(error).splitlines()[0]}); "
+                "get a whole copy of the run"
+            ) from error
+        return cls(description, network.to(device or torch.device("cpu")), tables, report)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings."""
+        return self._description.config
+
+    @property
+    def cache_id(self) -> str:
+        """The id of the cache that the run was trained on."""
+        return self._description.cache_id
+
+    @property
+    def held_out_texts(self) -> Int64[np.ndarray, " held_out"]:
+        """`text_id`s of the texts that measured."""
+        return np.array(self._description.held_out_texts, dtype=np.int64)
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts there are, unused ones included."""
+        return self.config.quantizer.codes
+
+    def check_cache(self, cache: Cache) -> None:
+        """Make sure that the cache is the one that the run was trained on.
+
+        Raises
+        ------
+        RunMismatch
+        """
+        if cache.id != self.cache_id:
+            raise RunMismatch(
+                f"the run was trained on the cache {self.cache_id[:12]}…, and {cache.path} is {cache.id[:12]}…: "
+                "use the cache that it was trained on, or train again"
+            )
+
+    @torch.no_grad()
+    def assign(self, lower: Float32[np.ndarray, "row d_lower"]) -> Int64[np.ndarray, " row"]:
+        """The concept of each raw row of the lower site."""
+        device = self._network.lower_mean.device
+        parts = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(lower), _ROWS_AT_A_TIME):
+            rows = torch.from_numpy(lower[start : start + _ROWS_AT_A_TIME]).to(device, copy=True)
+            parts.append(self._network.quantizer.nearest(self._network.encode(rows)).cpu().numpy())
+        return np.concatenate(parts)
+
+    @cached_property
+    def counts(self) -> Int64[np.ndarray, " code"]:
+        """Training rows of each concept."""
+        return self._tables.counts.numpy()
+
+    @cached_property
+    def lower_mean(self) -> Float32[np.ndarray, " d_lower"]:
+        """The mean of the training rows at the lower site."""
+        return self._network.lower_mean.cpu().numpy()
+
+    @cached_property
+    def concept_means(self) -> Float32[np.ndarray, "code d_lower"]:
+        """The mean of each concept's training rows at the lower site; of all rows for a concept without any."""
+        return self._tables.concept_means.numpy()
+
+    @cached_property
+    def upper_table(self) -> Float32[np.ndarray, "code d_upper"]:
+        """The mean of each concept's training rows at the upper site; of all rows for a concept without any."""
+        return self._tables.upper_table.numpy()
+
+    def direction(self, concept: int, site: str) -> Float32[np.ndarray, "k d"]:
+        """An orthonormal basis of the concept at the lower site, in raw coordinates.
+
+        It is the concept's mean less the mean of all training rows, at unit length; empty (k = 0) for a concept
+        without training rows.
+
+        Raises
+        ------
+        ConfigError
+            Where the site is not the lower one, or there is no such concept.
+        """
+        if site != self.config.lower:
+            raise ConfigError(
+                f"the concepts of this run live at {self.config.lower}, not at {site}: ask for {self.config.lower}"
+            )
+        self._check(concept)
+        mean = self.lower_mean.astype(np.float64)
+        return _unit(self.concept_means[concept] - mean if self.counts[concept] else np.zeros_like(mean))
+
+    def published_direction(self, concept: int) -> Float32[np.ndarray, " d"]:
+        """The unit vector that the published, uncentred projection removes.
+
+        The code itself where codes live in the lower site's raw space (`paper`), otherwise the concept's mean.
+
+        Raises
+        ------
+        ConfigError
+            Where there is no such concept.
+        """
+        self._check(concept)
+        vector = self.concept_means[concept]
+        if isinstance(self._network, PaperNetwork):
+            vector = self._network.quantizer.codebook[concept].cpu().numpy()
+        basis = _unit(vector)
+        return basis[0] if len(basis) else np.zeros_like(vector)
+
+    def _check(self, concept: int) -> None:
+        if not 0 <= concept < self.concepts:
+            raise ConfigError(f"there is no concept {concept}: they are numbered 0 to {self.concepts - 1}")
+
+    def save_pretrained(self, path: Path | str) -> None:
+        """Write the run into a folder that does not exist yet or is empty.
+
+        Raises
+        ------
+        ConfigError
+            Where the folder is not empty.
+        DiskFull
+        """
+        path = Path(path)
+        if path.exists() and any(path.iterdir()):
+            raise ConfigError(f"{path} is not empty: give another folder")
+        make_folder(path)
+        tensors = {f"{NETWORK}{name}": tensor for name, tensor in self._network.state_dict().items()}
+        tensors |= {f"{TABLES}{name}": tensor for name, tensor in vars(self._tables).items()}
+        write_file(path / CONFIG, to_json(self._description))
+        write_file(path / REPORT, self._report)
+        write_file(path / MODEL, pack(tensors))
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None) -> None:
+        """Upload the run to a model repository of the Hugging Face Hub, which is created where missing."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def _unit(vector: Float[np.ndarray, " d"]) -> Float32[np.ndarray, "k d"]:
+    """The vector at unit length as a basis of one; of none where its length is 0."""
+    wide = vector.astype(np.float64)
+    length = np.linalg.norm(wide)
+    basis = wide[None] / length if length > 0 else wide[None][:0]
+    return basis.astype(np.float32)
