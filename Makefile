@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What mypy checks: the folder seen as the package `clvq`, whatever the clone is called.
+TYPED := .mypy_cache/src
+
+.PHONY: demo test soak check bench clean
+
+# Extract, train and ablate on a real model and real texts; everything lands in demo/.
+demo: $(VENV)/.installed
+	$(BIN)/clvq demo --out demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+# The tests that take longer than a minute each.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p $(TYPED) && ln -sfn ../.. $(TYPED)/clvq
+	MYPYPATH=$(TYPED) $(BIN)/mypy -p clvq
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/reading.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The lock names every package with its dependencies, so pip resolves nothing.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@

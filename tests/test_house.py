@@ -1,0 +1,81 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import clvq
+import pytest
+
+ROOT = Path(clvq.__file__).parent
+PARTS = ("cache", "pipeline", "trainer", "evaluation")
+FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part).glob("*.py"))])
+# Who may import whom; everyone may import errors and progress.
+ALLOWED = {
+    "cache": {"cache"},
+    "pipeline": {"pipeline", "cache"},
+    "trainer": {"trainer", "cache"},
+    "evaluation": {"evaluation", "trainer", "cache", "pipeline.language_model"},
+    "demo": {"cache", "pipeline", "trainer", "evaluation"},
+    "errors": set(),
+    "progress": set(),
+    "__init__": {"cache"},
+}
+
+
+def _imports(file: Path) -> list[str]:
+    """Modules of the package that a file imports, as dotted names from the package's root."""
+    here = file.relative_to(ROOT).with_suffix("").parts
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level]
+            module = node.module.split(".") if node.module else []
+            found += [".".join([*base, *module])] if module else [".".join([*base, name.name]) for name in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_part_imports_only_what_it_may(file: Path):
+    part = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    if part == "cli":
+        return
+    for module in _imports(file):
+        if module in ("errors", "progress"):
+            continue
+        assert any(module == name or module.startswith(f"{name}.") for name in ALLOWED[part]), module
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_can_be_read_in_one_sitting(file: Path):
+    assert file.stat().st_size <= 25_600
+
+
+def test_importing_the_package_loads_no_model_library_and_prints_nothing():
+    code = (
+        "import sys, clvq; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'rich')))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_the_public_names_are_these():
+    assert {name for name in vars(clvq) if not name.startswith("_")} - set(PARTS) <= {
+        "Cache", "ClvqError", "cli", "demo", "errors", "progress",
+    }  # fmt: skip
+    assert {"Cache", "ClvqError", "__version__"} <= set(vars(clvq))
+
+
+def test_every_package_folder_is_installed():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["tool"]["setuptools"]["packages"]) == {"clvq", *(f"clvq.{part}" for part in PARTS)}
+
+
+def test_the_lock_pins_names_and_versions_only():
+    import re
+
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
