@@ -4,18 +4,14 @@ BIN := $(VENV)/bin
 # What mypy checks: the folder seen as the package `clvq`, whatever the clone is called.
 TYPED := .mypy_cache/src
 
-.PHONY: demo test soak check bench clean
+.PHONY: demo test check bench clean
 
 # Extract, train and ablate on a real model and real texts; everything lands in demo/.
 demo: $(VENV)/.installed
 	$(BIN)/clvq demo --out demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not slow"
-
-# The tests that take longer than a minute each.
-soak: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -30,9 +26,9 @@ bench: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# The lock names every package with its dependencies, so pip resolves nothing.
+# The lock names every package; what pip adds is what torch brings along for the machine's GPU.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
