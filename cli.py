@@ -1,9 +1,12 @@
 """The `clvq` command: parse, call one function, print."""
 
+import io
 import json
 import logging
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -38,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(help="Look at and check caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
@@ -51,6 +55,8 @@ Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 def main() -> None:
     """Run the command; a user's mistake becomes one line and exit 1, a stop 128 + its signal."""
     _quieten_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except Interrupted as error:
@@ -151,7 +157,8 @@ def extract(
                 progress=progress,
                 force=force,
             )
-            figures = {key: value for key, value in asdict(result).items() if key != "counts"} | result.counts
+            figures = asdict(result)
+            figures |= figures.pop("counts")
             figures["rows_per_second"] = result.rows / result.seconds if result.shards_done_before == 0 else None
     _show(figures, as_json=as_json, title="plan" if dry_run else "cache")
     if dry_run:
@@ -207,7 +214,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The run to write.")],
     preset: Annotated[str, typer.Option(help="default, or paper for the published method.")] = "default",
     codes: Annotated[int, typer.Option(min=2, help="Size of the codebook.")] = 400,
-    split: Annotated[str, typer.Option(help="Splits to train on.")] = "train",
+    split: Annotated[str, typer.Option(help="Splits to train on; else train, or the only one there is.")] = "",
     held_out: Annotated[str | None, typer.Option(help="Split to measure on; else a seeded 10 % of the texts.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with settings, nested as in a run's config.json.")
@@ -229,7 +236,7 @@ def train(
         lower=opened.site(lower),
         upper=opened.site(upper),
         codes=codes,
-        split=tuple(_names(split)),
+        split=tuple(_names(split) or (["train"] if len(opened.manifest.splits) > 1 else opened.manifest.splits)),
         held_out=held_out,
         seed=seed,
     )
@@ -321,8 +328,9 @@ def demo(
         for before, word, after in concept.examples:
             _print(f"    · {before}[{word}]{after}")
     _print("\nGo on with it:")
+    program = "clvq" if shutil.which("clvq") else shlex.quote(sys.argv[0])
     for command in result.commands:
-        _print(f"  {command}")
+        _print(f"  {program} {command}")
 
 
 def _load(source: "ModelSource", *, task: Any, dtype: Any, device: "torch.device") -> "LanguageModel":
@@ -364,17 +372,14 @@ def _plan_figures(plan: "Plan", out: Path) -> dict[str, Any]:
 def _print_ablation(result: "AblateResult") -> None:
     runs = {line.run for line in result.lines if line.run}
     names = "run,read-out,removal,removed,accuracy,flipped,probability lost,norm removed,own code − this"
-    title = f"ablation of {result.texts:,} texts; means with 95 % bootstrap intervals"
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for name in names.split(",")[len(runs) < 2 :]:
-        table.add_column(name, no_wrap=True)
-    previous: tuple[str, str | None] | None = None
+    title = "means over texts with 95 % bootstrap intervals"
+    table = Table(*names.split(",")[len(runs) < 2 :], title=title, box=SIMPLE_HEAD, title_justify="left")
     for line in result.lines:
-        if previous is not None and previous != (line.read_out, line.removal):
+        if line.removed in ("nothing", "own code"):
             table.add_section()
-        previous = (line.read_out, line.removal)
         table.add_row(*_cells(line)[len(runs) < 2 :])
-    _print(table)
+    _print(table, whole=True)
+    _print(f"{result.path} holds this table as JSON, and every text")
     if result.trained_texts:
         _print(f"{result.trained_texts:,} of these texts were trained on: the figures flatter the runs.")
 
@@ -390,7 +395,7 @@ def _cells(line: "Line") -> list[str]:
         line.run or "–",
         line.read_out,
         line.removal or "–",
-        line.removed,
+        f"{line.removed} ({line.texts:,} texts)" if unchanged else line.removed,
         interval(line.accuracy, ".3f"),
         "–" if unchanged else interval(line.flipped, ".1%"),
         "–" if unchanged else interval(line.probability_lost, "+.3f"),
@@ -411,8 +416,10 @@ def _settings(model: Any, **values: Any) -> Any:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).removesuffix("s").replace("_", "-")
-        raise ConfigError(f"{option} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        name = str(first["loc"][0])
+        option = {"read_outs": "read-out", "removals": "removal"}.get(name, name.replace("_", "-"))
+        given = first["input"] or "''"
+        raise ConfigError(f"--{option} {given}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
 def _settings_file(path: Path | None) -> dict[str, str]:
@@ -450,8 +457,8 @@ def _device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name}: give auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -562,16 +569,19 @@ def _print_json(value: Any) -> None:
             return None
         return str(part) if isinstance(part, Path) else part
 
-    _print(json.dumps(plain(value), ensure_ascii=False, indent=1))
+    unicode = sys.stdout.encoding.lower().startswith("utf")
+    _print(json.dumps(plain(value), ensure_ascii=not unicode, indent=1))
 
 
-def _print(what: Any) -> None:
-    """To stdout. Text goes as it is: wrapped lines and markup are for tables alone."""
+def _print(what: Any, *, whole: bool = False) -> None:
+    """To stdout. Text goes as it is; tables are wrapped, unless they must stay `whole`."""
     if isinstance(what, str):
         sys.stdout.write(what + "\n")
     else:
-        # Not a terminal: wide enough that no number is cut in two.
-        Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(what)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+        if whole:
+            console.width = max(console.width, console.measure(what, options=console.options.update(width=999)).maximum)
+        console.print(what)
 
 
 def _say(message: str) -> None:

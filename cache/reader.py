@@ -70,7 +70,8 @@ class Cache:
             # Parquet's pages carry no checksums: a flipped bit could pass for another label.
             if entry is None or hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise CacheCorrupt(f"{file} has other bytes than were written; get a whole copy of it")
-            return pq.read_table(pa.BufferReader(data))
+            # Arrow's threads would still hold a Python buffer when a short command ends, and abort the process.
+            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise CacheCorrupt(f"{file} cannot be read ({error}); get a whole copy of it") from error
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..cache.files import only_writer, sha256_of, write_file
 from ..cache.layout import differences, to_json
@@ -22,9 +22,9 @@ from ..pipeline.language_model import LanguageModel
 from ..progress import SILENT, Progress
 from ..trainer.run import Run
 from .bootstrap import RESAMPLES, Estimate, estimate
-from .readouts import Asked, Condition, Outcome, read_out_model, read_out_probe
+from .readouts import Asked, Condition, Outcome, probed_texts, read_out_model, read_out_probe
 from .removal import REMOVALS, SUBJECTS, Removal
-from .rows import RowsChanged, TextRows, rows_by_text
+from .rows import RowsChanged, TextRows, changed_rows, rows_by_text
 
 ReadOut = Literal["model", "probe"]
 RESULT = "ablation.json"
@@ -37,9 +37,9 @@ class AblateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    read_outs: tuple[ReadOut, ...] = ("model", "probe")
+    read_outs: Annotated[tuple[ReadOut, ...], Field(min_length=1)] = ("model", "probe")
     """Who is asked after the removal."""
-    removals: tuple[Removal, ...] = REMOVALS
+    removals: Annotated[tuple[Removal, ...], Field(min_length=1)] = REMOVALS
     """How a direction is taken out."""
     rows_changed: RowsChanged = "salient"
     """Which rows lose their concept."""
@@ -53,7 +53,7 @@ class AblateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: one condition, with estimates over texts."""
+    """One line of the table: one condition, with estimates over the texts that take part in all of its read-out."""
 
     run: str
     read_out: ReadOut
@@ -146,6 +146,14 @@ def ablate(
             return stored
         chosen = _choose_texts(cache, loaded, config)
         texts = rows_by_text(cache, chosen)
+        # Before the model is loaded: what follows may take hours.
+        _check_rows(cache, loaded, texts, config)
+        cls_vectors = _cls_tells(cache, lowers[0], texts)
+        probed = (
+            probed_texts(cache, texts, config.rows_changed, cls_vectors=cls_vectors)
+            if "probe" in config.read_outs
+            else []
+        )
         asked = [Asked(name=name, run=run, codes=_codes(cache, run, texts)) for name, run in loaded.items()]
         clean: dict[ReadOut, Outcome] = {}
         outcomes: dict[tuple[ReadOut, Condition], Outcome] = {}
@@ -167,18 +175,18 @@ def ablate(
                 clean["model"] = reading.clean
                 outcomes.update({("model", key): value for key, value in reading.outcomes.items()})
         if "probe" in config.read_outs:
-            clean["probe"], probed = read_out_probe(
+            clean["probe"], answers = read_out_probe(
                 cache,
                 asked,
                 texts,
-                salient,
+                probed,
+                salient if config.rows_changed == "salient" else [rows.first_special() for rows in texts],
                 removals=config.removals,
-                rows_changed=config.rows_changed,
-                cls_vectors=_cls_tells(cache, lowers[0], texts),
+                cls_vectors=cls_vectors,
                 seed=config.seed,
                 progress=progress,
             )
-            outcomes.update({("probe", key): value for key, value in probed.items()})
+            outcomes.update({("probe", key): value for key, value in answers.items()})
         removed = _removed_concepts(asked, texts, salient, config)
         result = AblateResult(
             path=out,
@@ -205,6 +213,21 @@ def _choose_texts(cache: Cache, runs: dict[str, Run], config: AblateConfig) -> B
         chosen = np.zeros_like(chosen)
         chosen[numbers] = True
     return chosen
+
+
+def _check_rows(cache: Cache, runs: dict[str, Run], texts: Sequence[TextRows], config: AblateConfig) -> None:
+    """Make sure that there is something to remove."""
+    if not texts:
+        raise ConfigError(f"none of the chosen texts has a row in {cache.path}: choose others with --split")
+    for name, run in runs.items():
+        if not any(
+            len(changed_rows(rows, next(iter(rows.ordinary().tolist()), None), config.rows_changed, run.config.special))
+            for rows in texts
+        ):
+            raise ConfigError(
+                f"no text has a row to change for the run {name} with --rows-changed {config.rows_changed}"
+                + ("; the tokenizer adds no leading special token" if config.rows_changed == "cls" else "")
+            )
 
 
 def _trained_texts(cache: Cache, runs: dict[str, Run], texts: Sequence[TextRows]) -> int:
@@ -256,12 +279,15 @@ def _lines(
 ) -> list[Line]:
     lines = []
     for read_out in config.read_outs:
-        base = clean[read_out]
+        part = np.logical_and.reduce(
+            [np.isfinite(outcome.flipped) for (kind, _), outcome in outcomes.items() if kind == read_out]
+        )
+        base = clean[read_out].only(part)
         lines.append(_line("", read_out, None, "nothing", base, base, None, config))
         for (kind, (run, removal, subject)), outcome in outcomes.items():
             if kind == read_out:
-                own = outcomes[kind, (run, removal, SUBJECTS[0])] if subject != SUBJECTS[0] else None
-                lines.append(_line(run, read_out, removal, subject, outcome, base, own, config))
+                own = outcomes[kind, (run, removal, SUBJECTS[0])].only(part) if subject != SUBJECTS[0] else None
+                lines.append(_line(run, read_out, removal, subject, outcome.only(part), base, own, config))
     return lines
 
 
@@ -337,6 +363,8 @@ def _write(
             **{name: getattr(outcome, name) for name in Outcome.__dataclass_fields__},
         }
         tables.append(pa.table(columns))
+    # The old result first: killed in between, it would stand beside the new texts.
+    (out / RESULT).unlink(missing_ok=True)
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
     write_file(out / PER_TEXT, sink.getvalue())
@@ -366,17 +394,21 @@ def _stored(out: Path, settings: dict[str, Any], *, force: bool) -> AblateResult
         if strange and not force:
             raise ConfigError(f"{out} is not empty and holds no ablation (it holds {strange[0]!r}): give another --out")
         return None
-    plain = json.loads(file.read_bytes())
-    lines = differences(plain.get("settings", {}), json.loads(json.dumps(settings)))
-    if lines and force:
+    try:
+        plain = json.loads(file.read_bytes())
+        lines = differences(plain["settings"], json.loads(json.dumps(settings)))
+        kept = {name: _with_nan(plain[name]) for name in ("texts", "trained_texts", "lines", "concepts")}
+        if not lines:
+            return TypeAdapter(AblateResult).validate_python({"path": out, **kept})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not force:
+            raise ConfigError(f"{file} is damaged: give another --out, or --force to replace it") from error
         return None
-    if lines:
+    if not force:
         raise ResumeMismatch(
             f"{out} holds an ablation with other settings ({'; '.join(lines[:6])}): give another --out, or --force"
         )
-
-    kept = {name: _with_nan(plain[name]) for name in ("texts", "trained_texts", "lines", "concepts")}
-    return TypeAdapter(AblateResult).validate_python({"path": out, **kept})
+    return None
 
 
 def _with_nan(value: Any) -> Any:

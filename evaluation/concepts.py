@@ -1,5 +1,6 @@
 """Concepts in words: what the rows of a concept say, and sentences in which they say it."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -92,7 +93,8 @@ def _cut(cache: Cache, row: int, text: str) -> tuple[str, str, str]:
 
 
 def _shorten(before: str, word: str, after: str) -> tuple[str, str, str]:
-    before, after = " ".join(before.split(" ")), " ".join(after.split(" "))
+    # A line break of the text would break the line in which it is shown.
+    before, word, after = (re.sub(r"\s+", " ", part) for part in (before, word, after))
     if len(before) > _CONTEXT:
         before = "…" + before[-_CONTEXT:]
     if len(after) > _CONTEXT:

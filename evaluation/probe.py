@@ -5,7 +5,8 @@ patience 5, 20 stratified folds. The published code chose the epoch on the very 
 on a tenth of the training folds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,56 +20,61 @@ FOLDS = 20
 _HIDDEN, _DROPOUT, _LEARNING_RATE, _BATCH, _EPOCHS, _PATIENCE, _MIN_DELTA = 64, 0.2, 1e-3, 32, 100, 5, 1e-3
 
 
-def cross_validated(
-    clean: Float32[np.ndarray, "text d"],
-    labels: Int64[np.ndarray, " text"],
-    changed: dict[str, Float32[np.ndarray, "text d"]],
-    *,
-    seed: int,
-    progress: Progress,
-) -> dict[str, Float64[np.ndarray, "text class"]]:
-    """Class probabilities of every text by the probe of the fold that it was held out from.
+Probe = Callable[[Float32[np.ndarray, "text d"]], Float64[np.ndarray, "text class"]]
+"""Vectors to class probabilities."""
 
-    Parameters
-    ----------
-    clean
-        The vectors that the probes are trained on.
-    changed
-        Name → the same texts' vectors after a removal.
 
-    Returns
-    -------
-    dict
-        The probabilities for `clean` (under the name `clean`) and for each set of changed vectors.
+def check_labels(labels: Int64[np.ndarray, " text"]) -> None:
+    """Make sure that probes can be cross-validated.
 
     Raises
     ------
     ConfigError
-        Where a class has fewer than two texts, or there is only one class.
+        Where a class has fewer than three texts, or there is only one class.
     """
-    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
-
     names, counts = np.unique(labels, return_counts=True)
     if len(names) < 2 or counts.min() < 3:
         found = ", ".join(f"{count} of label {name}" for name, count in zip(names, counts, strict=True))
         raise ConfigError(
-            f"the probe needs two classes with three texts each; the chosen texts have {found}: "
-            "choose more texts with --split"
+            f"the probe needs two classes with three texts each; the chosen texts have {found or 'no labels'}: "
+            "choose more texts with --split, or --read-out model"
         )
+
+
+def cross_validated(
+    vectors: Float32[np.ndarray, "text d"], labels: Int64[np.ndarray, " text"], *, seed: int, progress: Progress
+) -> Iterator[tuple[Int64[np.ndarray, " held_out"], Probe]]:
+    """Fold by fold, the texts held out and the probe that was trained on the others.
+
+    Parameters
+    ----------
+    vectors
+        Unchanged vectors, which the probes are trained on.
+
+    Raises
+    ------
+    ConfigError
+        See `check_labels`.
+    """
+    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+
+    check_labels(labels)
+    counts = np.unique(labels, return_counts=True)[1]
     folds = int(min(FOLDS, counts.min()))
-    classes = int(labels.max()) + 1
-    results = {name: np.zeros((len(labels), classes)) for name in ("clean", *changed)}
     outer = StratifiedKFold(folds, shuffle=True, random_state=seed)
     progress.begin("probe", folds, "folds")
-    for fold, (rest, held_out) in enumerate(outer.split(clean, labels)):
-        inner = StratifiedShuffleSplit(1, test_size=max(0.1, len(names) / len(rest)), random_state=seed)
-        fit, choose = next(inner.split(clean[rest], labels[rest]))
-        probe = _fit(clean, labels, rest[fit], rest[choose], classes=classes, seed=seed + fold)
-        for name, vectors in (("clean", clean), *changed.items()):
-            with torch.no_grad():
-                results[name][held_out] = probe(torch.from_numpy(vectors[held_out])).double().softmax(dim=-1).numpy()
+    for fold, (rest, held_out) in enumerate(outer.split(vectors, labels)):
+        inner = StratifiedShuffleSplit(1, test_size=max(0.1, len(counts) / len(rest)), random_state=seed)
+        fit, choose = next(inner.split(vectors[rest], labels[rest]))
+        network = _fit(vectors, labels, rest[fit], rest[choose], classes=int(labels.max()) + 1, seed=seed + fold)
+        yield held_out, partial(_answers, network)
         progress.advance()
-    return results
+
+
+@torch.no_grad()
+def _answers(network: nn.Module, vectors: Float32[np.ndarray, "text d"]) -> Float64[np.ndarray, "text class"]:
+    answers: Float64[np.ndarray, "text class"] = network(torch.from_numpy(vectors)).double().softmax(dim=-1).numpy()
+    return answers
 
 
 def _fit(

@@ -5,20 +5,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from ..cache.reader import Cache
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..pipeline.language_model import LanguageModel
 from ..progress import Progress
 from ..trainer.run import Run
-from .probe import cross_validated
+from .probe import check_labels, cross_validated
 from .removal import SUBJECTS, Directions, Removal, Subject, matched_random, norm_share, remove
 from .rows import RowsChanged, TextRows, changed_rows
 from .saliency import run_clean, salient_row
 
 _BATCH_SLOTS = 4096
+_TEXTS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Outcome:
     """1 where the label is predicted."""
     norm_removed: Float64[np.ndarray, " text"]
     """‖h − h′‖ / ‖h‖ over the vectors changed."""
+
+    def only(self, texts: Bool[np.ndarray, " text"]) -> "Outcome":
+        """The chosen texts."""
+        return Outcome(*(getattr(self, name)[texts] for name in self.__dataclass_fields__))
 
     @classmethod
     def empty(cls, texts: int) -> "Outcome":
@@ -96,7 +101,9 @@ def read_out_model(
     Raises
     ------
     ConfigError
-        Where no text has a row of the kind to be changed.
+        Where no block lies above the site.
+    ModelError
+        Where the model's tokenizer is not the one that the cache was made with.
     """
     labels = cache.texts["label"]
     result = ModelReadOut(
@@ -130,7 +137,7 @@ def read_out_model(
                 table = directions[one.name, removal]
                 for subject in SUBJECTS:
                     codes = _codes_at(one, texts, numbers, changed, hidden.shape[1], subject, table, seed)
-                    after_hidden = _removed(hidden, codes, subject, table, noise)
+                    after_hidden = _removed(hidden, codes, subject, table, noise, table.centre)
                     with torch.no_grad():
                         logits = model.logits_from(site, after_hidden.to(clean.hidden.dtype), clean.ids, clean.mask)
                     after = logits.double().softmax(dim=-1).cpu().numpy()
@@ -144,91 +151,110 @@ def read_out_model(
                         label = labels[texts[number].text].as_py()
                         outcome.note(number, before[place], after[place], label, share)
         progress.advance(len(numbers))
-    for one in asked:
-        if not np.isfinite(result.outcomes[one.name, removals[0], SUBJECTS[0]].norm_removed).any():
-            raise ConfigError(
-                f"no text has a row to change with --rows-changed {rows_changed}"
-                + ("; the tokenizer adds no leading special token" if rows_changed == "cls" else "")
-            )
     return result
+
+
+def probed_texts(cache: Cache, texts: Sequence[TextRows], rows_changed: RowsChanged, *, cls_vectors: bool) -> list[int]:
+    """Numbers of the texts that the probe can be asked about: labelled, with a vector, and with a row to change.
+
+    Raises
+    ------
+    ConfigError
+        Where every row is to be changed, or too few texts have labels.
+    """
+    if rows_changed == "all":
+        raise ConfigError(
+            "the probe changes one vector per text: choose --rows-changed salient or cls, or --read-out model"
+        )
+    labels = cache.texts["label"]
+    part = []
+    for number, rows in enumerate(texts):
+        cls, ordinary = rows.first_special() is not None, len(rows.ordinary()) > 0
+        vector, row = (cls if cls_vectors else ordinary), (ordinary if rows_changed == "salient" else cls)
+        if vector and row and labels[rows.text].as_py() is not None:
+            part.append(number)
+    check_labels(_labels(cache, texts, part))
+    return part
 
 
 def read_out_probe(
     cache: Cache,
     asked: Sequence[Asked],
     texts: Sequence[TextRows],
-    salient: Sequence[int | None],
+    part: Sequence[int],
+    changed: Sequence[int | None],
     *,
     removals: Sequence[Removal],
-    rows_changed: RowsChanged,
     cls_vectors: bool,
     seed: int,
     progress: Progress,
 ) -> tuple[Outcome, dict[Condition, Outcome]]:
-    """The paper's protocol: one vector per text (CLS for encoders, the mean row for decoders) loses the concept.
+    """The paper's protocol: one vector per text loses the concept, and a probe of the clean vectors is asked again.
 
     Parameters
     ----------
+    part
+        Numbers of the texts to ask about; see `probed_texts`.
+    changed
+        Number of the row of each text whose concept is removed.
     cls_vectors
-        Take each text's CLS row rather than its mean row.
+        A text's vector is its CLS row, rather than the mean of its ordinary rows.
 
     Returns
     -------
     clean, outcomes
         What the probes say of the unchanged vectors, and of each condition's.
-
-    Raises
-    ------
-    ConfigError
-        Where every row is to be changed, texts have no labels, or an encoder's cache has no CLS rows.
     """
-    if rows_changed == "all":
-        raise ConfigError(
-            "the probe changes one vector per text: choose --rows-changed salient or cls, or --read-out model"
-        )
-    site = asked[0].run.config.lower
+    labels = _labels(cache, texts, part)
+    clean = _text_vectors(cache, asked[0].run.config.lower, [texts[number] for number in part], cls_vectors=cls_vectors)
+    own = {one.name: np.array([one.codes[number][changed[number]] for number in part]) for one in asked}
+    shifts = np.array([_shift(seed, texts[number].text) for number in part])
+    tables = {(one.name, removal): Directions(one.run, removal) for one in asked for removal in removals}
+    nothing = Outcome.empty(len(texts))
+    outcomes: dict[Condition, Outcome] = {
+        (run, removal, subject): Outcome.empty(len(texts)) for run, removal in tables for subject in SUBJECTS
+    }
+    # Changed vectors are made fold by fold: those of all conditions at once would be many times the texts.
+    for places, probe in cross_validated(clean, labels, seed=seed, progress=progress):
+        vectors = clean[places]
+        hidden = torch.from_numpy(vectors)[:, None]
+        noise = _noise(seed, [texts[part[place]].text for place in places.tolist()], (1, clean.shape[1]))
+        # The site's mean is that of other rows: from it, all of these vectors lie to one side.
+        mean = torch.from_numpy(np.delete(clean, places, axis=0).mean(axis=0))
+        before = probe(vectors)
+        for place, was in zip(places.tolist(), before, strict=True):
+            nothing.note(part[place], was, was, int(labels[place]), 0.0)
+        for (run, removal, subject), outcome in outcomes.items():
+            table = tables[run, removal]
+            codes = own[run][places]
+            if subject == "random code":
+                codes = table.other(codes, shifts[places])
+            centre = mean if removal == "centred" else table.centre
+            gone = _removed(hidden, codes[:, None], subject, table, noise, centre)[:, 0].numpy()
+            for row, (place, was, now) in enumerate(zip(places.tolist(), before, probe(gone), strict=True)):
+                outcome.note(part[place], was, now, int(labels[place]), norm_share(vectors[row], gone[row]))
+    return nothing, outcomes
+
+
+def _labels(cache: Cache, texts: Sequence[TextRows], part: Sequence[int]) -> Int64[np.ndarray, " part"]:
     labels = cache.texts["label"]
-    part = []
-    for number, rows in enumerate(texts):
-        chosen = salient[number] if rows_changed == "salient" else rows.first_special()
-        vector_there = not cls_vectors or rows.first_special() is not None
-        if chosen is not None and vector_there and labels[rows.text].as_py() is not None:
-            part.append((number, chosen))
-    if not part:
-        raise ConfigError("the probe needs labelled texts with a row to remove; the chosen texts have none")
-    clean = np.stack([_text_vector(cache, site, texts[number], cls_vectors=cls_vectors) for number, _ in part])
-    targets = np.array([labels[texts[number].text].as_py() for number, _ in part], dtype=np.int64)
-    hidden = torch.from_numpy(clean)[:, None]
-    noise = _noise(seed, [texts[number].text for number, _ in part], (1, clean.shape[1]))
-    changed: dict[str, Float32[np.ndarray, "text d"]] = {}
-    conditions: dict[str, Condition] = {}
-    for one in asked:
-        own = np.array([one.codes[number][chosen] for number, chosen in part])
-        shifts = np.array([_shift(seed, texts[number].text) for number, _ in part])
-        for removal in removals:
-            table = Directions(one.run, removal)
-            for subject in SUBJECTS:
-                codes = table.other(own, shifts) if subject == "random code" else own
-                name = f"{one.name}\0{removal}\0{subject}"
-                changed[name] = _removed(hidden, codes[:, None], subject, table, noise)[:, 0].numpy()
-                conditions[name] = (one.name, removal, subject)
-    answers = cross_validated(clean, targets, changed, seed=seed, progress=progress)
-    outcomes = {}
-    for name, after in answers.items():
-        outcome = Outcome.empty(len(texts))
-        vectors = changed.get(name, clean)
-        for place, (number, _) in enumerate(part):
-            share = norm_share(clean[place], vectors[place])
-            outcome.note(number, answers["clean"][place], after[place], int(targets[place]), share)
-        outcomes[name] = outcome
-    return outcomes.pop("clean"), {conditions[name]: outcome for name, outcome in outcomes.items()}
+    return np.array([labels[texts[number].text].as_py() for number in part], dtype=np.int64)
 
 
-def _text_vector(cache: Cache, site: str, rows: TextRows, *, cls_vectors: bool) -> Float32[np.ndarray, " d"]:
-    first = rows.first_special()
-    which = rows.row[[first]] if cls_vectors and first is not None else rows.row
-    vector: Float32[np.ndarray, " d"] = cache.vectors(site, which).mean(axis=0)
-    return vector
+def _text_vectors(
+    cache: Cache, site: str, texts: Sequence[TextRows], *, cls_vectors: bool
+) -> Float32[np.ndarray, "text d"]:
+    """Each text's CLS row, or the mean of its ordinary rows: a BOS of huge norm would drown all else."""
+    chosen = [rows.row[rows.special == 1 if cls_vectors else rows.ordinary()] for rows in texts]
+    counts = np.array([len(rows) for rows in chosen])
+    owner = np.repeat(np.arange(len(texts)), counts)
+    total = np.zeros((len(texts), cache.width(site)))
+    done = 0
+    for block, vectors in cache.blocks([site], np.concatenate(chosen)):
+        np.add.at(total, owner[done : done + len(block)], vectors[site])
+        done += len(block)
+    means: Float32[np.ndarray, "text d"] = (total / counts[:, None]).astype(np.float32)
+    return means
 
 
 def _batches(
@@ -240,15 +266,29 @@ def _batches(
     if not isinstance(max_length, int):
         raise ConfigError(f"the manifest of {cache.path} does not say how long its texts may be")
     column = cache.texts["text"]
-    length = [int(rows.position.max()) for rows in texts]
-    order = sorted(range(len(texts)), key=lambda number: (length[number], number))
-    while order:
-        size = max(1, _BATCH_SLOTS // (length[order[min(len(order), 64) - 1]] + 2))
-        numbers, order = order[:size], order[size:]
+    # Rows may have been left out, so that the last one only hints at the length.
+    order = sorted(range(len(texts)), key=lambda number: (int(texts[number].position.max()), number))
+    for start in range(0, len(order), _TEXTS_AT_A_TIME):
+        numbers = order[start : start + _TEXTS_AT_A_TIME]
         tokens = model.source.tokenize(
             [column[texts[number].text].as_py() for number in numbers], max_length=max_length
         )
-        yield numbers, [part.ids.tolist() for part in tokens]
+        batch: list[int] = []
+        batch_ids: list[list[int]] = []
+        for number, part in sorted(zip(numbers, tokens, strict=True), key=lambda pair: len(pair[1].ids)):
+            rows = texts[number]
+            if rows.position.max() >= len(part.ids) or (part.ids[rows.position] != rows.token).any():
+                text_id = cache.texts["text_id"][rows.text]
+                raise ModelError(
+                    f"{model.source.name} tokenises text {text_id} of {cache.path} differently "
+                    "than when the cache was made: give the model with the tokenizer files that it had then"
+                )
+            if batch and (len(batch) + 1) * len(part.ids) > _BATCH_SLOTS:
+                yield batch, batch_ids
+                batch, batch_ids = [], []
+            batch.append(number)
+            batch_ids.append(part.ids.tolist())
+        yield batch, batch_ids
 
 
 def _codes_at(
@@ -279,10 +319,11 @@ def _removed(
     subject: Subject,
     table: Directions,
     noise: Float[Tensor, "batch seq d"],
+    centre: Float[Tensor, " d"],
 ) -> Float[Tensor, "batch seq d"]:
     device = hidden.device
     at = torch.from_numpy(codes).to(device)
-    centre = table.centre.to(device)
+    centre = centre.to(device)
     if subject == "mean direction":
         unit = table.mean_direction.to(device).expand_as(hidden)
     else:

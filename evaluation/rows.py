@@ -22,12 +22,18 @@ class TextRows:
     position: Int64[np.ndarray, " row"]
     """Last sub-word of the row."""
     subwords: Int64[np.ndarray, " row"]
+    token: Int64[np.ndarray, " row"]
+    """Id of the token at `position`."""
     special: Int64[np.ndarray, " row"]
 
     def first_special(self) -> int | None:
         """Number of the row of the leading special token (CLS, BOS), where there is one."""
         found = np.flatnonzero(self.special == 1)
         return int(found[0]) if len(found) else None
+
+    def ordinary(self) -> Int64[np.ndarray, " _ordinary"]:
+        """Numbers of the rows that are no special tokens."""
+        return np.flatnonzero(self.special == 0)
 
     def positions(self, number: int) -> slice:
         """The token positions that a row spans."""
@@ -40,7 +46,7 @@ def rows_by_text(cache: Cache, texts: Bool[np.ndarray, " text"]) -> list[TextRow
     rows = cache.rows_of(texts)
     owner = cache.text_index[cache.column("text")[rows]]
     cuts = np.flatnonzero(np.diff(owner)) + 1
-    columns = {name: cache.column(name)[rows].astype(np.int64) for name in ("position", "subwords", "special")}
+    columns = {name: cache.column(name)[rows].astype(np.int64) for name in ("position", "subwords", "token", "special")}
     result = []
     for part in np.split(np.arange(len(rows)), cuts):
         if len(part):

@@ -55,7 +55,7 @@ def run_clean(model: LanguageModel, site: int, ids: list[list[int]]) -> Clean:
 
 def salient_row(rows: TextRows, attribution: Float64[np.ndarray, " seq"]) -> int | None:
     """Number of the row with the largest score; special rows never win. `None` where all rows are special."""
-    ordinary = np.flatnonzero(rows.special == 0)
+    ordinary = rows.ordinary()
     if len(ordinary) == 0:
         return None
     scores = [abs(float(attribution[rows.positions(int(number))].sum())) for number in ordinary]

@@ -121,6 +121,38 @@ def test_the_ablation_table_shows_every_control(world: World, command: Command, 
     assert re.search(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", ended.out)
 
 
+def test_the_ablation_table_is_never_cut_to_fit(world: World, command: Command, tmp_path: Path):
+    long = tmp_path / "a run with a name that is longer than any table has room for"
+    shutil.copytree(world.run, long)
+    ended = command("ablate", world.cache, world.run, long, "--model", world.model, "--out", tmp_path / "a b")
+    assert ended.code == 0, ended.err
+    assert "…" not in ended.out
+    assert ended.out.count(long.name) == 16
+    assert re.search(r"nothing \(\d+ texts\)", ended.out)
+    assert f"{tmp_path / 'a b'} holds this table" in ended.out
+
+
+def test_the_only_split_is_trained_on_whatever_it_is_called(world: World, command: Command, tmp_path: Path):
+    shutil.copy(world.data / "train.jsonl", tmp_path / "reviews.jsonl")
+    alone = World(world.folder, world.model, tmp_path / "reviews.jsonl", tmp_path / "c", tmp_path / "r")
+    assert command(*_extract(alone, alone.cache)).code == 0
+    words = [word for word in TRAIN if word not in ("--held-out", "dev")]
+    ended = command("train", alone.cache, *words, "--out", alone.run)
+    assert ended.code == 0, ended.err
+    assert json.loads((alone.run / "config.json").read_bytes())["config"]["split"] == ["reviews"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_knows_few_characters_gets_what_it_can_show(world: World, encoding: str):
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    for words in (["cache", "info", world.cache], ["cache", "info", world.cache, "--json"], ["extract", "-h"]):
+        ended = subprocess.run(_clvq(*words), capture_output=True, env=env, check=True)
+        assert ended.stderr == b""
+        shown = ended.stdout.decode(encoding)
+        if "--json" in words:
+            assert "32 × bf16" in json.loads(shown)["sites"]["hidden.1"]
+
+
 def test_version_and_usage(command: Command):
     assert command("--version").out.strip() == clvq.__version__
     assert command("extract").code == 2
@@ -155,7 +187,7 @@ MISTAKES = {
     ),
     "not a number of rows": (
         ["extract", "{model}", "{data}", "--sites", "1", "--rows", "sentence", "--out", "{tmp}/c"],
-        r"error: --row sentence: input should be 'token' or 'word'",
+        r"error: --rows sentence: input should be 'token' or 'word'",
     ),
     "other settings": (
         ["extract", "{model}", "{data}", "--sites", "1,3", "--rows", "token", "--max-length", 32, "--out", "{cache}"],
@@ -197,6 +229,18 @@ MISTAKES = {
     "another model": (
         ["ablate", "{cache}", "{run}", "--model", "{other}", "--out", "{tmp}/a"],
         r"error: other is not the model that the cache was made with \(model\): weights.model.safetensors: .*",
+    ),
+    "no read-out": (
+        ["ablate", "{cache}", "{run}", "--model", "{model}", "--read-out", "", "--out", "{tmp}/a"],
+        r"error: --read-out '': tuple should have at least 1 item.*",
+    ),
+    "no removal": (
+        ["ablate", "{cache}", "{run}", "--model", "{model}", "--removal", "", "--out", "{tmp}/a"],
+        r"error: --removal '': tuple should have at least 1 item.*",
+    ),
+    "no sites": (
+        ["extract", "{model}", "{data}", "--sites", "", "--out", "{tmp}/c"],
+        r"error: no site is asked for; give --sites, such as --sites 8,12",
     ),
     "an unknown read-out": (
         ["ablate", "{cache}", "{run}", "--model", "{model}", "--read-out", "tea", "--out", "{tmp}/a"],

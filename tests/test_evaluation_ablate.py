@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from clvq.errors import ConfigError, ResumeMismatch, RunMismatch
+from clvq.errors import ConfigError, ModelError, ResumeMismatch, RunMismatch
+from clvq.evaluation import ablate as ablate_module
+from clvq.evaluation import readouts
 from clvq.evaluation.ablate import AblateConfig, ablate
-from clvq.evaluation.concepts import describe
+from clvq.evaluation.concepts import _shorten, describe
 from clvq.evaluation.rows import changed_rows, rows_by_text
 from clvq.evaluation.saliency import run_clean, salient_row
 from clvq.trainer.config import preset_config, with_overrides
@@ -29,6 +31,7 @@ SITE = 1
 class Study:
     """A tiny classifier, a cache made with it, and a run trained on the cache."""
 
+    family: str
     model_folder: Path
     cache: clvq.Cache
     run_folder: Path
@@ -38,18 +41,27 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
+    return _make_study(tmp_path_factory.mktemp("study"), "bert")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Its tokenizer begins texts with a BOS and ends them with nothing."""
+    return _make_study(tmp_path_factory.mktemp("decoder"), "llama", rows="token")
+
+
+def _make_study(folder: Path, family: str, *, rows: str = "word") -> Study:
     names = ((0, "anger"), (1, "fear"), (2, "joy"))
-    model_folder = tiny.make_model(folder / "model", "bert", classes=3, id2label=names)
+    model_folder = tiny.make_model(folder / "model", family, classes=3, id2label=names)
     data = tiny.write_texts(folder / "data", texts=120)
-    plan = tiny.plan_of(model_folder, data, rows="word", task="classify")
+    plan = tiny.plan_of(model_folder, data, rows=rows, task="classify")
     tiny.run(plan, folder / "cache")
     cache = clvq.Cache(folder / "cache")
     config = preset_config("default", lower="hidden.1", upper="hidden.3", codes=12, held_out="dev")
     config = with_overrides(config, {"fit.epochs": "2", "fit.warmup_epochs": "1", "decoder.heads": "4"})
     fit(cache, config, folder / "run", device=torch.device("cpu"))
     run = Run.from_pretrained(folder / "run")
-    return Study(model_folder, cache, folder / "run", run, tiny.load(plan.source, task="classify"))
+    return Study(family, model_folder, cache, folder / "run", run, tiny.load(plan.source, task="classify"))
 
 
 def _ablate(study: Study, out: Path, **settings: Any) -> Any:
@@ -63,7 +75,11 @@ def _table(out: Path, **chosen: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("rows_changed", ["salient", "cls", "all"])
 @pytest.mark.parametrize("removal", ["projection", "centred"])
-def test_the_model_read_out_equals_a_plain_hooked_model(study: Study, tmp_path: Path, rows_changed: str, removal: str):
+@pytest.mark.parametrize("kind", ["study", "decoder"])
+def test_the_model_read_out_equals_a_plain_hooked_model(
+    kind: str, tmp_path: Path, rows_changed: str, removal: str, request: pytest.FixtureRequest
+):
+    study: Study = request.getfixturevalue(kind)
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     _ablate(study, tmp_path, read_outs=("model",), removals=(removal,), rows_changed=rows_changed)
@@ -89,7 +105,8 @@ def test_the_model_read_out_equals_a_plain_hooked_model(study: Study, tmp_path: 
         tokens = tokenizer(cache.texts["text"][text].as_py(), return_tensors="pt", truncation=True, max_length=32)
 
         def answer(hidden_change: Any, tokens: Any = tokens) -> np.ndarray:
-            hook = model.bert.encoder.layer[SITE].register_forward_pre_hook(hidden_change)
+            layers = model.bert.encoder.layer if study.family == "bert" else model.model.layers
+            hook = layers[SITE].register_forward_pre_hook(hidden_change)
             with torch.no_grad():
                 logits = model(**tokens).logits[0].double()
             hook.remove()
@@ -178,6 +195,10 @@ def test_controls_and_intervals_are_in_the_table(study: Study, tmp_path: Path):
             assert line.own_minus_this.value == pytest.approx(gap, abs=1e-9)
         if own is not None and line.removed == "matched random":
             assert line.norm_removed.value == pytest.approx(own.norm_removed.value, rel=1e-3)
+        # Only where all lines are over the same texts do the accuracies differ by the drop.
+        clean = lines[line.read_out, None, "nothing"]
+        assert line.texts == clean.texts
+        assert line.drop.value == pytest.approx(clean.accuracy.value - line.accuracy.value, abs=1e-9)
     plain = json.loads((tmp_path / "ablation.json").read_bytes())
     assert plain["settings"]["cache_id"] == study.cache.id
     assert result.trained_texts == 0
@@ -186,6 +207,9 @@ def test_controls_and_intervals_are_in_the_table(study: Study, tmp_path: Path):
 def test_accuracy_before_removal_is_the_models_own(study: Study, tmp_path: Path):
     result = _ablate(study, tmp_path, read_outs=("model",), removals=("centred",))
     dev = study.cache.splits(["dev"])
+    # Texts of special tokens alone have no row to change, and all lines are over the same texts.
+    ordinary = study.cache.rows_of(dev, special="none")
+    dev &= np.isin(np.arange(len(dev)), study.cache.text_index[study.cache.column("text")[ordinary]])
     labels = np.array([np.nan if label is None else label for label in study.cache.texts["label"].to_pylist()])[dev]
     predictions = np.array(study.cache.texts["prediction"].to_pylist(), dtype=float)[dev]
     expected = (labels == predictions)[~np.isnan(labels)].mean()
@@ -266,3 +290,124 @@ def test_results_do_not_depend_on_the_folder_of_the_run(study: Study, tmp_path: 
     shutil.copytree(study.run_folder, moved)
     ablate(study.cache, {"run": moved}, tmp_path / "b", lambda: study.model, AblateConfig(**settings))
     assert (tmp_path / "a" / "ablation.json").read_bytes() == (tmp_path / "b" / "ablation.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["study", "decoder"])
+def test_the_probe_is_asked_about_vectors_centred_among_themselves(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    # CLS rows lie apart from other rows: about the mean of all rows, each removal would move them all one way.
+    study: Study = request.getfixturevalue(kind)
+    asked: list[np.ndarray] = []
+
+    def one_fold(vectors: np.ndarray, labels: np.ndarray, **_: Any) -> Any:
+        def probe(changed: np.ndarray) -> np.ndarray:
+            asked.append(changed)
+            return np.full((len(changed), 3), 1 / 3)
+
+        asked.append(vectors)
+        yield np.arange(4), probe
+
+    monkeypatch.setattr(readouts, "cross_validated", one_fold)
+    settings = {"read_outs": ("probe",), "rows_changed": "cls", "removals": ("centred",)}
+    _ablate(study, tmp_path, **settings)
+    table = [row for row in _table(tmp_path, removed="own code") if not np.isnan(row["flipped"])]
+    vectors, before, own = asked[0].astype(np.float64), asked[1], asked[2]
+    np.testing.assert_array_equal(before, asked[0][:4])
+    for number, row in enumerate(table):
+        chosen = np.arange(len(study.cache.texts)) == study.cache.text_index[row["text_id"]]
+        special = "all" if study.family == "bert" else "none"
+        rows = study.cache.vectors("hidden.1", study.cache.rows_of(chosen, special=special))
+        np.testing.assert_allclose(before[number], rows[0] if study.family == "bert" else rows.mean(0), atol=1e-5)
+        unit = study.run.direction(row["concept"], "hidden.1")[0].astype(np.float64)
+        expected = vectors[number] - ((vectors[number] - vectors[4:].mean(axis=0)) @ unit) * unit
+        np.testing.assert_allclose(own[number], expected, atol=1e-4)
+    assert len(table) == 4
+
+
+def test_a_decoder_is_ablated_with_both_read_outs(decoder: Study, tmp_path: Path):
+    result = _ablate(decoder, tmp_path)
+    assert {line.read_out for line in result.lines} == {"model", "probe"}
+    own = [line for line in result.lines if line.removed == "own code"]
+    assert len(own) == 4
+    assert all(line.norm_removed.value > 0 for line in own)
+
+
+def test_what_the_probe_cannot_do_is_said_before_the_model_is_loaded(study: Study, tmp_path: Path):
+    def never() -> Any:
+        raise AssertionError("the model was loaded")
+
+    for settings, message in (
+        ({"rows_changed": "all"}, "the probe changes one vector per text"),
+        ({"max_texts": 3}, "three texts each; the chosen texts have .* or --read-out model"),
+        ({"max_texts": 0}, "none of the chosen texts has a row"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ablate(study.cache, {"run": study.run_folder}, tmp_path, never, AblateConfig(**settings))
+
+
+def test_a_text_without_leading_special_token_has_no_cls_to_change(tmp_path: Path):
+    study = _make_study(tmp_path, "gpt2", rows="token")
+    assert len(_ablate(study, tmp_path / "salient").lines) > 2
+    with pytest.raises(ConfigError, match="for the run run with --rows-changed cls; the tokenizer adds no leading"):
+        _ablate(study, tmp_path / "cls", rows_changed="cls")
+
+
+def test_another_tokenizer_than_the_caches_is_refused(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = type(study.model.source)
+    real = source.tokenize
+
+    def shifted(self: Any, texts: Any, *, max_length: int) -> Any:
+        return real(self, [f"a {text}" for text in texts], max_length=max_length)
+
+    monkeypatch.setattr(source, "tokenize", shifted)
+    with pytest.raises(ModelError, match=r"tokenises text \d+ of .* differently than when the cache was made"):
+        _ablate(study, tmp_path, read_outs=("model",))
+
+
+def test_batches_are_as_large_as_their_texts_not_as_the_rows_kept(decoder: Study, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readouts, "_BATCH_SLOTS", 128)
+    names = ("row", "position", "subwords", "token", "special")
+    whole = rows_by_text(decoder.cache, decoder.cache.splits(["train"]))
+    first = [replace(rows, **{name: getattr(rows, name)[:1] for name in names}) for rows in whole]
+    seen = []
+    for numbers, ids in readouts._batches(decoder.cache, decoder.model, first):
+        assert len(ids) == 1 or len(ids) * max(map(len, ids)) <= 128
+        assert [len(part) for part in ids] == [len(whole[number].row) for number in numbers]
+        seen += numbers
+    assert sorted(seen) == list(range(len(whole)))
+
+
+def test_a_damaged_result_is_named_and_replaced_by_force(study: Study, tmp_path: Path):
+    (tmp_path / "ablation.json").write_text('{"settings": ')
+    settings = {"read_outs": ("model",), "removals": ("centred",)}
+    with pytest.raises(ConfigError, match=r"ablation\.json is damaged: give another --out, or --force"):
+        _ablate(study, tmp_path, **settings)
+    config = AblateConfig(**settings)
+    ablate(study.cache, {"run": study.run_folder}, tmp_path, lambda: study.model, config, force=True)
+    assert json.loads((tmp_path / "ablation.json").read_bytes())["lines"]
+
+
+def test_a_kill_while_a_result_is_replaced_leaves_no_old_table_beside_new_texts(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"read_outs": ("model",), "removals": ("centred",)}
+    _ablate(study, tmp_path, **settings)
+    real = ablate_module.write_file
+
+    def killed(path: Path, data: bytes) -> None:
+        if path.name == "ablation.json":
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(ablate_module, "write_file", killed)
+    other = AblateConfig(**settings, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study.cache, {"run": study.run_folder}, tmp_path, lambda: study.model, other, force=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "ablation.json").exists()
+    assert _ablate(study, tmp_path, **settings).lines
+
+
+def test_examples_of_a_concept_are_single_lines():
+    assert _shorten("one\n\ttwo ", "a\u2028b", " three\r\nfour") == ("one two ", "a b", " three four")
