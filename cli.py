@@ -315,7 +315,7 @@ def demo(
         table.add_row(step.name, step.made, f"{step.seconds:.1f}")
     _print(table)
     _print_ablation(result.ablation)
-    _print(f"The {len(result.concepts)} concepts that matter most (largest effect on predictions when removed):\n")
+    _print(f"\nThe {len(result.concepts)} concepts that matter most (largest effect on predictions when removed):\n")
     for number, (effect, concept) in enumerate(zip(result.effects, result.concepts, strict=True), start=1):
         words = ", ".join(f"{word} ({count})" for word, count in concept.words)
         labels = ", ".join(f"{name} {share:.0%}" for name, share in concept.labels.items())
