@@ -285,7 +285,7 @@ def _train(out: Path, *, device: torch.device, progress: Progress) -> str:
         "default", lower=cache.site(str(LOWER)), upper=cache.site(str(UPPER)), codes=400, held_out="dev"
     )
     # Few passes, but over all words: on two cores the whole demo stays below five minutes.
-    quick = {"fit.warmup_epochs": "1", "fit.epochs": "2", "start.rows": "20000", "start.iterations": "30"}
+    quick = {"fit.warmup_epochs": "2", "fit.epochs": "1", "start.rows": "20000", "start.iterations": "30"}
     config = with_overrides(config, quick)
     result = fit(cache, config, out / "run", device=device, progress=progress, force=True)
     report = result.report
