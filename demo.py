@@ -123,7 +123,7 @@ def _next_commands(out: Path) -> list[str]:
     sites = f"--lower {LOWER} --upper {UPPER} --held-out dev"
     return [
         f"cache info {cache}",
-        f"train {cache} {sites} --preset paper --set fit.epochs=5 --out {paper}",
+        f"train {cache} {sites} --preset paper --set fit.epochs=2 --set start.restarts=1 --out {paper}",
         f"ablate {cache} {run} {paper} --model {model} --out {both}",
         f"ablate {cache} {run} --model {model} --rows-changed all --read-out model --out {whole}",
     ]
