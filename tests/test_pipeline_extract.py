@@ -358,6 +358,16 @@ def test_a_model_that_overflows_everywhere_is_named_too(tiny_model: TinyModel, t
         run(plan_of(folder, file), tmp_path / "cache")
 
 
+def _shards(out: Path) -> int:
+    return len(records(out)) if (out / "records").is_dir() else 0
+
+
+def _wait_for_more_than(shards: int, out: Path) -> None:
+    deadline = time.monotonic() + 60
+    while _shards(out) <= shards and not (out / "manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def test_kill_9_at_any_moment_and_then_again_gives_the_same_bytes(
     data: Path, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
@@ -374,21 +384,25 @@ def test_kill_9_at_any_moment_and_then_again_gives_the_same_bytes(
         assert server.stdin is not None
         assert server.stdout is not None
         duration = float(server.stdout.readline() or log.read_text())
-        for _ in range(30):
+        for number in range(12):
             server.stdin.write(b"start\n")
             server.stdin.flush()
             child = int(server.stdout.readline())
-            time.sleep(random.uniform(0, 0.1 * duration))
+            # Early ones at any moment; later ones right after one more shard, so that there is something to resume.
+            if number < 8:
+                time.sleep(random.uniform(0, 0.05 * duration))
+            else:
+                _wait_for_more_than(seen[-1], out)
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             if server.stdout.readline() != b"-9\n":
                 break
-            seen.append(len(records(out)) if (out / "records").is_dir() else 0)
+            seen.append(_shards(out))
         server.stdin.write(b"start\n")
         server.stdin.close()
         server.stdout.readline()
         assert server.stdout.readline() == b"0\n", log.read_text()
-    assert len(seen) >= 8
+    assert len(seen) >= 9
     assert seen == sorted(seen)
     assert seen[-1] > 0
     assert contents(out) == contents(tmp_path / "whole")
