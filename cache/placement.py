@@ -7,7 +7,7 @@ from jaxtyping import Int64
 
 from .layout import Geometry
 
-# Measured on 2 cores with hidden states of SmolLM2-135M; see docs/format.md.
+# Chosen by the measurements that docs/format.md names.
 SHARD_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 20
 SHARDS_WANTED = 16

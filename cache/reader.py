@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 
 from ..errors import CacheCorrupt, ConfigError
 from .encoding import LOGITS, ArrayLayout, array_layouts, from_bits, read_chunk, read_index
-from .layout import ROW_COLUMNS, TEXTS, array_file, read_manifest
+from .layout import TEXTS, array_file, read_manifest
 
 Special = Literal["all", "leading", "none"]
 """Which special rows take part: all, only the first of a text (CLS, BOS), or none."""
@@ -187,8 +187,3 @@ class Cache:
                     part = slice(cuts[chunk], cuts[chunk + 1])
                     out[which[part]] = values[inside[part] - chunk * layout.chunk]
         return out
-
-
-def row_columns() -> tuple[str, ...]:
-    """Names of the columns of the row axis."""
-    return tuple(ROW_COLUMNS)

@@ -11,7 +11,6 @@ import torch
 import zarr
 from clvq import Cache
 from clvq.cache.layout import ROW_COLUMNS, TEXTS, Encoding
-from clvq.cache.reader import row_columns
 from clvq.errors import CacheCorrupt, ConfigError
 
 from .cache_maker import CLASSES, Known, contents, known, without_waiting
@@ -50,7 +49,7 @@ def arrays(cache: Cache) -> Iterator[tuple[str, np.ndarray]]:
     places = np.arange(cache.manifest.geometry.row_places)
     for site in cache.manifest.sites:
         yield f"sites/{site}", cache.bits(site, places)
-    for column in row_columns():
+    for column in ROW_COLUMNS:
         yield f"rows/{column}", cache.column(column)
     texts = np.arange(cache.manifest.geometry.text_places)
     yield "texts/logits", Cache.read_array(cache.path, "texts/logits", cache._layouts["texts/logits"], texts)
