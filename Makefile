@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What mypy checks: the folder seen as the package `clvq`, whatever the clone is called.
 TYPED := .mypy_cache/src
 
-.PHONY: demo test check bench clean
+.PHONY: demo test soak check bench clean
 
 # Extract, train and ablate on a real model and real texts; everything lands in demo/.
 demo: $(VENV)/.installed
@@ -12,6 +12,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
+
+# The long form of the fault tests: kills, flipped bits, full disks, several writers.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --soak --timeout=1200
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -11,8 +11,13 @@ ClvqError
 ├── CacheCorrupt (ValueError)           bytes differ from what was recorded
 ├── FormatVersion (ValueError)          written by another version of the format
 ├── ResumeMismatch (ValueError)         the folder holds work with other settings
+├── RepairMismatch (ValueError)         a file that cannot be made again as it was
 ├── FolderInUse (BlockingIOError)       another process is writing there
 ├── DiskFull (OSError)                  not enough room
+├── RemoteNotFound (FileNotFoundError)  no such bucket, repository or revision
+├── RemoteDenied (PermissionError)      no credentials, or not enough of them
+├── RemoteUnreachable (ConnectionError) a server that cannot be reached or fails
+├── RemoteUnsafe (ValueError)           a server on which two writers could overwrite each other
 ├── RunNotFound (FileNotFoundError)     the folder is not a finished run
 ├── RunMismatch (ValueError)            the run belongs to another cache
 ├── MissingExtra (ImportError)          an optional package is not installed
@@ -71,12 +76,32 @@ class ResumeMismatch(ClvqError, ValueError):
     """The folder holds work that was begun with other settings."""
 
 
+class RepairMismatch(ClvqError, ValueError):
+    """A damaged file comes out with other bytes when it is made again."""
+
+
 class FolderInUse(ClvqError, BlockingIOError):
     """Another process is writing to the folder."""
 
 
 class DiskFull(ClvqError, OSError):
     """The disk has not enough room."""
+
+
+class RemoteNotFound(ClvqError, FileNotFoundError):
+    """The server has no such bucket, repository or revision."""
+
+
+class RemoteDenied(ClvqError, PermissionError):
+    """The server refuses: there are no credentials, or they do not allow it."""
+
+
+class RemoteUnreachable(ClvqError, ConnectionError):
+    """The server cannot be reached, or fails."""
+
+
+class RemoteUnsafe(ClvqError, ValueError):
+    """The server ignores conditions on writing, so that two writers could overwrite each other."""
 
 
 class RunNotFound(ClvqError, FileNotFoundError):

@@ -1,27 +1,48 @@
 """`README.md` of a cache: what it holds and how to load it, with the header that the Hub reads."""
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
-from pydantic import JsonValue
+from .layout import TEXTUAL_COLUMNS
 
 if TYPE_CHECKING:
     from .layout import Manifest
 
 
+_WITH_TEXTS = """\
+The texts in `texts.parquet` keep the licence of the data set that they come from, and activations can be partly turned
+back into text: share this cache under the same terms."""
+_WITHOUT_TEXTS = """\
+This copy was made without its texts: words, token ids and places in the texts were left out too, and the texts' hashes
+are salted. **Activations can still be partly turned back into text**: share this cache only where the texts themselves
+could be seen."""
+
+
 def card(manifest: "Manifest") -> bytes:
     """The card as UTF-8 Markdown. Says nothing that depends on when or where the cache was made."""
+    # The same manifest gives the same card, whether it was just made or read from its sorted JSON.
+    ordered = sorted(manifest.sites.items(), key=lambda item: [part.zfill(20) for part in item[0].split(".")])
     geometry = manifest.geometry
     sites = "\n".join(
         f"| `{name}` | {site.width} | {site.encoding} | "
         f"{site.statistics.norm_quantile(0.05):.3g} / {site.statistics.norm_quantile(0.5):.3g} / "
-        f"{site.statistics.norm_quantile(0.95):.3g} |"
-        for name, site in manifest.sites.items()
+        f"{site.statistics.norm_quantile(0.95):.3g} | {site.loss.relative_l2:.2g} / {site.loss.median_row:.2g} / "
+        f"{site.loss.worst_row:.2g} | {1 - site.loss.mean_cosine:.2g} | {site.loss.lost_share:.2%} |"
+        for name, site in ordered
     )
-    splits = "\n".join(f"| {name} | {split.texts:,} | {split.rows:,} |" for name, split in manifest.splits.items())
-    settings = "\n".join(f"| {name} | {value} |" for name, value in _flat(manifest.identity))
-    counts = "\n".join(f"| {name.replace('_', ' ')} | {value:,} |" for name, value in manifest.counts.items())
-    classes = f"Classes: {', '.join(manifest.class_names)}.\n\n" if manifest.class_names else ""
-    first, width = next((name, site.width) for name, site in manifest.sites.items())
+    splits = "\n".join(
+        f"| {_plain(name)} | {split.texts:,} | {split.rows:,} |" for name, split in sorted(manifest.splits.items())
+    )
+    settings = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in _flat(manifest.identity))
+    counts = "\n".join(
+        f"| {_plain(name.replace('_', ' '))} | {value:,} |" for name, value in sorted(manifest.counts.items())
+    )
+    classes = f"Classes: {_plain(', '.join(manifest.class_names))}.\n\n" if manifest.class_names else ""
+    recoded = " The originals are the values of the cache that this one was recoded from." * (
+        "recoded" in manifest.identity
+    )
+    made_from = f"\nMade from the cache `{manifest.parent}`.\n" if manifest.parent else ""
+    first, width = ordered[0][0], ordered[0][1].width
     text = f"""---
 library_name: clvq
 tags:
@@ -33,12 +54,15 @@ license: unknown
 # Activations for clvq
 
 Paired activations of a language model: {geometry.rows:,} rows of {geometry.texts:,} texts, each row at all sites below.
-The texts in `texts.parquet` keep the licence of the data set that they come from, and activations can be partly turned
-back into text: share this cache under the same terms.
-
-| site | channels | encoding | norm: 5 %, median, 95 % |
-|---|---|---|---|
+{_WITH_TEXTS if set(TEXTUAL_COLUMNS) <= set(manifest.columns) else _WITHOUT_TEXTS}
+{made_from}
+| site | channels | encoding | norm: 5 %, median, 95 % | error of encoding: all, median row, worst row | 1 − cosine | \
+values lost |
+|---|---|---|---|---|---|---|
 {sites}
+
+The error of encoding is ‖stored − original‖ / ‖original‖, measured while writing; a value is lost where it was not zero
+and is stored as zero.{recoded}
 
 | split | texts | rows |
 |---|---|---|
@@ -60,24 +84,30 @@ back into text: share this cache under the same terms.
 import clvq
 
 cache = clvq.Cache("this-folder")
-rows = cache.rows_of(cache.splits(["{next(iter(manifest.splits))}"]))
+rows = cache.rows_of(cache.splits([{json.dumps(min(manifest.splits))}]))
 vectors = cache.vectors("{first}", rows[:1000])  # float32 [row, {width}]
 ```
 
 `activations.zarr` is a plain Zarr v3 group: `zarr.open_group("this-folder/activations.zarr", mode="r")`. An array whose
-attribute `encoding` is `bf16` holds the bits of bfloat16 in uint16. Rows whose `rows/text` is −1 are not in use.
+attribute `encoding` is `bf16` holds the bits of bfloat16 in uint16; one of `int8` is to be multiplied by
+`scales/<site>` of its row and `channel_scale/<site>` of its channel. Rows whose `rows/text` is −1 are not in use.
 """
     return text.encode()
 
 
-def _flat(value: dict[str, JsonValue], name: str = "") -> list[tuple[str, str]]:
+def _flat(value: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
     rows = []
-    for key, inner in value.items():
+    for key, inner in sorted(value.items()):
         full = f"{name}.{key}" if name else key
         if isinstance(inner, dict):
             rows += _flat(inner, full)
         else:
             shown = ", ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
-            # Foreign strings must not break out of the table.
-            rows.append((full, shown.replace("|", "\\|").replace("\n", " ")))
+            rows.append((full, shown))
     return rows
+
+
+def _plain(text: str) -> str:
+    """Foreign text as it stands in a table, unable to break out of it or to become markup."""
+    one_line = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\|`*_[]<>#&" else sign for sign in one_line)

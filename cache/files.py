@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def make_folder(folder: Path) -> None:
     """
     missing = []
     while not folder.is_dir():
-        if folder.exists():
+        # Asked again: another thread may have made it just now.
+        if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file, and a folder is needed there: give another --out")
         missing.append(folder)
         folder = folder.parent
@@ -110,14 +111,18 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def disk_full_names(path: Path) -> Iterator[None]:
-    """Turn the system's 'no space left' into `DiskFull`, with the path and what to do."""
+def disk_full_names(path: Path, *, missing: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turn the system's 'no space left' into `DiskFull`, with the path and what to do.
+
+    `missing` says how many bytes are still to be written, at most, where that is known.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            more = f" and up to {missing():,} more are to be written" if missing else ""
             raise DiskFull(
-                f"no room left on the disk while writing {path}: {free_bytes(path.parent):,} bytes are free; "
+                f"no room left on the disk while writing {path}: {free_bytes(path.parent):,} bytes are free{more}; "
                 "everything finished before is kept; free some room and run the same command again"
             ) from error
         raise

@@ -1,27 +1,24 @@
 """What a cache consists of: names, the manifest and the shards' records.
 
 The manifest is written last, and its SHA-256 is the cache's id. Nothing in it depends on when, where, by whom or with
-how many workers the cache was made.
+how many workers the cache was made. It is sealed: it holds the SHA-256 of itself, so that no flipped bit in it passes.
+
+A manifest may come from a stranger. What it claims is checked before anything is read or made because of it.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, JsonValue, StringConstraints, ValidationError, field_validator, model_validator
 
 from ..errors import CacheCorrupt, CacheIncomplete, CacheNotFound, FormatVersion
-from .statistics import SiteStatistics
+from .frozen import SOON_REFUSED, Count, Frozen, Positive, Text
+from .statistics import EncodingLoss, SiteStatistics
+from .unfinished import NOTE_BYTES, unfinished
 
 FORMAT = "clvq-cache"
 VERSION = 1
@@ -35,8 +32,12 @@ ARRAYS = "activations.zarr"
 UNFINISHED = "unfinished.json"
 # Files on their way into the folder; emptied when an extraction starts and ends.
 STAGING = "staging"
+# What a partial copy was asked to hold; absent from a whole one.
+SELECTION = "selection.json"
+# Hides the texts' hashes in copies made without texts. It stays here: nothing shares or lists it.
+SALT = "salt"
 
-Encoding = Literal["bf16", "fp16", "fp32"]
+Encoding = Literal["bf16", "fp16", "fp32", "int8"]
 
 # name → (numpy type, value of unused rows)
 ROW_COLUMNS: dict[str, tuple[str, int]] = {
@@ -49,21 +50,28 @@ ROW_COLUMNS: dict[str, tuple[str, int]] = {
     "char_end": ("int32", -1),
     "special": ("uint8", 0),
 }
+# What a copy made without its texts leaves out, for texts can be put together from it.
+TEXTUAL_COLUMNS = ("token", "word", "char_start", "char_end")
 
+LOGITS = "texts/logits"
+
+# Limits on what a stranger's manifest may make us read or decode at once.
+MANIFEST_BYTES = 64 << 20
+CHUNK_BYTES = 256 << 20
+_IDENTITY_BYTES = 4 << 20
+_PLACES = 2**31
 
 # Caches come from strangers: no name in a manifest may lead out of the folder.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 FileName = Annotated[str, StringConstraints(pattern=rf"^{_PART}(/{_PART})*$", max_length=255)]
 SiteName = Annotated[str, StringConstraints(pattern=rf"^{_PART}$", max_length=100)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# Stands where a seal is still to be computed.
+UNSEALED = "0" * 64
+_SEAL = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Geometry(_Frozen):
+class Geometry(Frozen):
     """How rows and texts lie in shards. Both axes have unused places at the end of each shard."""
 
     shards: Positive
@@ -95,91 +103,237 @@ class Geometry(_Frozen):
         return self.shards * self.shard_texts
 
 
-class SiteLayout(_Frozen):
+class SiteLayout(Frozen):
     """How the vectors of one site are stored."""
 
     width: Positive
     encoding: Encoding
 
 
-class FileEntry(_Frozen):
+class FileEntry(Frozen):
     """A file as it was when it was written."""
 
     bytes: Count
-    sha256: str
+    sha256: Sha256
 
 
-class ShardRecord(_Frozen):
+Files = Annotated[dict[FileName, FileEntry], SOON_REFUSED]
+
+
+class ShardRecord(Frozen):
     """Proof that a shard is whole: written after its files, created exclusively."""
 
-    shard: int
-    rows: int
-    texts: int
-    files: dict[FileName, FileEntry]
+    checksum: Sha256 = UNSEALED
+    """Seal of the record's file; see `sealed_json`."""
+    shard: Count
+    rows: Count
+    texts: Count
+    files: Files
     """Path inside the cache → what was written there."""
-    statistics: dict[SiteName, SiteStatistics]
+    statistics: Annotated[dict[SiteName, SiteStatistics], SOON_REFUSED]
+    losses: Annotated[dict[SiteName, EncodingLoss], SOON_REFUSED]
+    """What encoding did to the values of each site."""
 
 
 class SiteEntry(SiteLayout):
     """A site in the manifest."""
 
     statistics: SiteStatistics
+    loss: EncodingLoss
+    """What encoding did to the values, as far as it was measured when they were written."""
 
 
-class ShardEntry(_Frozen):
+class ShardEntry(Frozen):
     """A shard in the manifest."""
 
-    rows: int
-    texts: int
-    files: dict[FileName, FileEntry]
+    rows: Count
+    texts: Count
+    files: Files
 
 
-class SplitEntry(_Frozen):
+class SplitEntry(Frozen):
     """How much of the cache belongs to one split of the data."""
 
-    texts: int
-    rows: int
+    texts: Count
+    rows: Count
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """`manifest.json`."""
 
+    checksum: Sha256 = UNSEALED
+    """Seal of the file; see `sealed_json`."""
     format: Literal["clvq-cache"]
     version: Literal[1]
+    parent: Sha256 | None
+    """Id of the cache that this one was made from, where it was not extracted."""
     identity: dict[str, JsonValue]
     """Everything that the stored values follow from: model, tokenizer, data, sites, rows rule, lengths, dtype."""
     geometry: Geometry
-    sites: dict[SiteName, SiteEntry]
-    splits: dict[str, SplitEntry]
-    class_names: list[str] | None
+    sites: Annotated[dict[SiteName, SiteEntry], SOON_REFUSED]
+    columns: Annotated[tuple[str, ...], Field(max_length=len(ROW_COLUMNS))]
+    """Columns of the row axis that are there, in the order of `ROW_COLUMNS`."""
+    splits: Annotated[dict[Text, SplitEntry], SOON_REFUSED]
+    class_names: Annotated[list[Text], SOON_REFUSED] | None
     """Names of the labels 0, 1, …; `None` where the data has no labels."""
     classes: Positive | None
     """Width of `texts/logits`; `None` where it is not there."""
-    counts: dict[str, int]
+    counts: Annotated[dict[Text, int], SOON_REFUSED]
     """What happened to the texts: truncated ones, empty ones, words left out."""
-    files: dict[FileName, FileEntry]
+    files: Files
     """Every file that belongs to no shard, this manifest excepted."""
-    shards: list[ShardEntry]
+    shards: Annotated[list[ShardEntry], SOON_REFUSED]
 
     @property
     def predictions(self) -> bool:
         """Whether `texts/logits` is there."""
         return self.classes is not None
 
+    @property
+    def vectors_id(self) -> str:
+        """SHA-256 of what a run follows from: vectors, their places and predictions, but no texts.
+
+        A cache and its copies without texts have it in common.
+        """
+        textual = {f"{ARRAYS}/rows/{column}/" for column in TEXTUAL_COLUMNS}
+        arrays = {
+            name: entry.sha256
+            for name, entry in self.entries.items()
+            if name.startswith(f"{ARRAYS}/") and "/c/" in name and not name.startswith(tuple(textual))
+        }
+        return hashlib.sha256(to_json({"geometry": self.geometry.model_dump(), "arrays": arrays})).hexdigest()
+
+    @property
+    def entries(self) -> dict[str, FileEntry]:
+        """Every file of the cache but the manifest."""
+        return dict(self.files) | {name: entry for shard in self.shards for name, entry in shard.files.items()}
+
+    @field_validator("identity")
+    @classmethod
+    def _writable(cls, identity: dict[str, Any]) -> dict[str, Any]:
+        size = 0
+        for part in json.JSONEncoder(ensure_ascii=False).iterencode(identity):
+            # Half a character, which JSON can name and nothing can write, is an error here already.
+            size += len(part.encode())
+            if size > _IDENTITY_BYTES:
+                raise ValueError(f"more than {_IDENTITY_BYTES} bytes of settings: no extraction has so many")
+        return identity
+
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
-        if len(self.shards) != self.geometry.shards:
-            raise ValueError(f"{len(self.shards)} shards are listed and {self.geometry.shards} are laid out")
+        geometry = self.geometry
+        if len(self.shards) != geometry.shards:
+            raise ValueError(f"{len(self.shards)} shards are listed and {geometry.shards} are laid out")
+        if self.columns not in (tuple(ROW_COLUMNS), tuple(c for c in ROW_COLUMNS if c not in TEXTUAL_COLUMNS)):
+            raise ValueError("the columns are neither all columns nor those of a cache without its texts")
+        if "zarr.json" in self.sites:
+            raise ValueError("a site has the name of a file, zarr.json")
         for name, site in self.sites.items():
             if not len(site.statistics.mean) == len(site.statistics.squares) == site.width:
                 raise ValueError(f"the statistics of {name} have another width than its {site.width} channels")
+            if site.statistics.count != geometry.rows:
+                raise ValueError(f"the statistics of {name} are of {site.statistics.count} rows, not {geometry.rows}")
+        for what, places in (("rows", geometry.shard_rows), ("texts", geometry.shard_texts)):
+            used = [getattr(shard, what) for shard in self.shards]
+            if sum(used) != getattr(geometry, what) or max(used) > places:
+                raise ValueError(f"the {what} of the shards do not add up to {getattr(geometry, what)}, or do not fit")
+        self._bounded()
+        arrays = array_axes(self.sites, self.columns, predictions=self.predictions)
+        if self.files.keys() != set(common_files(arrays, geometry.shards)):
+            raise ValueError("its files are not those that its sites and columns imply")
+        for number, shard in enumerate(self.shards):
+            if shard.files.keys() != set(shard_files(arrays, number)):
+                raise ValueError(f"the files of shard {number} are not those that its sites and columns imply")
         return self
+
+    def _bounded(self) -> None:
+        """No claim may make a reader allocate more than a chunk of `CHUNK_BYTES` or axes of ever so many places."""
+        geometry = self.geometry
+        # Two shards side by side hold more rows than one has places for, or their texts would lie in one.
+        if geometry.row_places > 2 * geometry.rows + geometry.shard_rows:
+            raise ValueError(f"{geometry.row_places} places for {geometry.rows} rows: no extraction makes so many")
+        if geometry.shard_texts > max(1, *(shard.texts for shard in self.shards)):
+            raise ValueError("no shard has as many texts as shards have places for")
+        if geometry.text_places >= _PLACES:
+            raise ValueError(f"{geometry.text_places} places for texts are more than text ids can name")
+        # The texts are shuffled, so that shards hold about as many; a small cache may be uneven.
+        if geometry.text_places > 2**24 + 4 * geometry.texts:
+            raise ValueError(f"{geometry.text_places} places for {geometry.texts} texts: no extraction makes so many")
+        stored = sum(entry.bytes for shard in self.shards for entry in shard.files.values())
+        for what, cells in (("rows", geometry.row_places), ("logits", geometry.texts * (self.classes or 0))):
+            if cells > max(2**25, stored):
+                raise ValueError(f"{cells} {what} in {stored} bytes: no extraction packs so many")
+        chunks = [4 * geometry.shard_rows, 4 * geometry.shard_texts * (self.classes or 0)]
+        chunks += [4 * geometry.chunk_rows * site.width for site in self.sites.values()]
+        if max(chunks) > CHUNK_BYTES:
+            raise ValueError(f"a chunk of {max(chunks)} bytes is larger than any extraction makes ({CHUNK_BYTES})")
 
 
 def to_json(value: BaseModel | Mapping[str, Any]) -> bytes:
     """JSON with sorted keys, so that equal values give equal bytes."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return (json.dumps(plain, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sealed_json(value: BaseModel) -> bytes:
+    """JSON as of `to_json` of a model with `checksum`, sealed.
+
+    The checksum is the SHA-256 of these very bytes with 64 zeros in its place; it is the first member.
+    """
+    open_ = to_json(value.model_copy(update={"checksum": UNSEALED}))
+    return open_.replace(UNSEALED.encode(), hashlib.sha256(open_).hexdigest().encode(), 1)
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the bytes are as `sealed_json` made them, to the last bit."""
+    seal = _SEAL.search(data)
+    if seal is None:
+        return False
+    start, end = seal.span(1)
+    digest = hashlib.sha256(data[:start])
+    digest.update(UNSEALED.encode())
+    digest.update(data[end:])
+    return digest.hexdigest().encode() == seal[1]
+
+
+def array_axes(sites: Mapping[str, SiteLayout], columns: Iterable[str], *, predictions: bool) -> dict[str, int]:
+    """Names of all arrays of a cache, and the number of axes of each."""
+    axes = {f"sites/{name}": 2 for name in sites}
+    for name, site in sites.items():
+        if site.encoding == "int8":
+            axes |= {f"scales/{name}": 1, f"channel_scale/{name}": 1}
+    axes |= {f"rows/{column}": 1 for column in columns}
+    if predictions:
+        axes[LOGITS] = 2
+    return axes
+
+
+def in_shards(array: str) -> bool:
+    """Whether an array is cut into shards; a channel scale is one file that all shards share."""
+    return not array.startswith("channel_scale/")
+
+
+def shard_files(arrays: Mapping[str, int], shard: int) -> Iterator[str]:
+    """Paths of the files of one shard."""
+    return (array_file(name, shard, axes) for name, axes in arrays.items() if in_shards(name))
+
+
+def group_names(arrays: Iterable[str]) -> list[str]:
+    """The Zarr groups that hold the arrays; the empty name is the root."""
+    return sorted({"", *(name.split("/")[0] for name in arrays)})
+
+
+def metadata_file(name: str) -> str:
+    """Path of the `zarr.json` of a group or array."""
+    return f"{ARRAYS}/{name}/zarr.json" if name else f"{ARRAYS}/zarr.json"
+
+
+def common_files(arrays: Mapping[str, int], shards: int) -> Iterator[str]:
+    """Paths of the files that belong to no shard, but for the manifest."""
+    yield from (CARD, TEXTS)
+    yield from map(record_file, range(shards))
+    yield from map(metadata_file, [*group_names(arrays), *arrays])
+    yield from (array_file(name, 0, axes) for name, axes in arrays.items() if not in_shards(name))
 
 
 def array_file(array: str, shard: int, axes: int) -> str:
@@ -202,16 +356,17 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     file = path / MANIFEST
     if not file.is_file():
         if (path / UNFINISHED).is_file():
-            raise CacheIncomplete(
-                f"{path} is an unfinished extraction; run the `clvq extract` command that began it again to finish it"
-            )
+            with open(path / UNFINISHED, "rb") as note:
+                raise CacheIncomplete(unfinished(path, note.read(NOTE_BYTES)))
         what = f"has no {MANIFEST}" if path.is_dir() else "does not exist"
         raise CacheNotFound(f"{path} is not a clvq cache: it {what}; make one with `clvq extract … --out {path}`")
+    if file.stat().st_size > MANIFEST_BYTES:
+        raise CacheCorrupt(f"{file} has {file.stat().st_size:,} bytes; a manifest has at most {MANIFEST_BYTES:,}")
     data = file.read_bytes()
     return parse_manifest(data, path), hashlib.sha256(data).hexdigest()
 
 
-def parse_manifest(data: bytes, path: Path) -> Manifest:
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     """Read a manifest's bytes; `path` is named in errors.
 
     Raises
@@ -221,24 +376,42 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     CacheCorrupt
         Where it is no manifest.
     """
+    file = f"{path}/{MANIFEST}"
+    if len(data) > MANIFEST_BYTES:
+        raise CacheCorrupt(f"{file} has {len(data):,} bytes; a manifest has at most {MANIFEST_BYTES:,}")
+    # A parser makes up to 200 bytes of two: more brackets or commas than any manifest has would cost gigabytes.
+    if data.count(b"{") + data.count(b"[") > 1_000 + len(data) // 64 or data.count(b",") > 10**6 + len(data) // 32:
+        raise CacheCorrupt(f"{file} is not a manifest: it is nothing but brackets or commas")
     try:
-        plain = json.loads(data)
+        plain = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise CacheCorrupt(f"{path / MANIFEST} is not JSON ({error}); get a whole copy of the cache") from error
+        raise CacheCorrupt(f"{file} is not JSON ({error}); get a whole copy of the cache") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise CacheCorrupt(f'{path / MANIFEST} is not the manifest of a clvq cache: it has no "format": "{FORMAT}"')
+        raise CacheCorrupt(f'{file} is not the manifest of a clvq cache: it has no "format": "{FORMAT}"')
     version = plain.get("version")
     if isinstance(version, int) and version != VERSION:
         raise FormatVersion(
             f"{path} is a cache of format version {version}; this clvq reads version {VERSION}: "
             "use the clvq that wrote it, or extract again"
         )
+    if not is_sealed(data):
+        raise CacheCorrupt(
+            f"{file} is damaged: its bytes do not have the checksum that it holds; get a whole copy of it"
+        )
     try:
         return Manifest.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CacheCorrupt(f"{path / MANIFEST} is damaged at {where!r}: {first['msg']}; get a whole copy") from error
+        where, what = _first(error)
+        raise CacheCorrupt(f"{file} is damaged at {where!r}: {what}; get a whole copy") from error
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _first(error: ValidationError) -> tuple[str, str]:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"]
 
 
 def differences(found: object, wanted: object, name: str = "") -> list[str]:

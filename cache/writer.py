@@ -4,11 +4,11 @@ A shard's files are written to `staging/`, fsynced and renamed into place; then 
 shard without a record does not exist. The manifest is written when all shards have their records.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,23 +18,31 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32, Shaped
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
-from ..errors import ConfigError, DataError, ResumeMismatch
+from ..errors import CacheCorrupt, CacheIncomplete, ConfigError, DataError, ResumeMismatch
 from .card import card
-from .encoding import LOGITS, array_layouts, from_bits, group_metadata, to_bits, write_shard
+from .encoding import (
+    array_layouts,
+    metadata,
+    write_shard,
+)
 from .files import disk_full_names, fsync_folder, make_folder, only_writer, sha256_of, write_file
 from .layout import (
     ARRAYS,
     CARD,
     FORMAT,
+    LOGITS,
     MANIFEST,
     RECORDS,
+    ROW_COLUMNS,
+    SALT,
+    SELECTION,
     STAGING,
     TEXTS,
     UNFINISHED,
+    UNSEALED,
     VERSION,
     FileEntry,
     Geometry,
@@ -45,15 +53,22 @@ from .layout import (
     SiteLayout,
     SplitEntry,
     array_file,
+    common_files,
     differences,
     read_manifest,
     record_file,
+    sealed_json,
     to_json,
 )
 from .reader import Cache
-from .statistics import SiteStatistics
+from .shard_file import HashingSink, SiteFile, read_record, write_durably
+from .statistics import EncodingLoss, SiteStatistics
+from .texts_file import texts_parquet
+from .unfinished import Transfer, unfinished
 
-_OWN_NAMES = {MANIFEST, CARD, TEXTS, RECORDS, ARRAYS, UNFINISHED, STAGING}
+_OWN_NAMES = {MANIFEST, CARD, TEXTS, RECORDS, ARRAYS, UNFINISHED, STAGING, SELECTION, SALT}
+# More would wait for each other's memory: every step of a chunk streams through it.
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,17 @@ class Extraction:
     geometry: Geometry
     sites: dict[str, SiteLayout]
     classes: int | None
+    columns: tuple[str, ...] = tuple(ROW_COLUMNS)
+    parent: str | None = None
+    """Id of the cache that this one is made from, where it is not extracted."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Extraction":
+        """What a finished cache was made as."""
+        sites = {name: SiteLayout(width=site.width, encoding=site.encoding) for name, site in manifest.sites.items()}
+        return cls(
+            manifest.identity, manifest.geometry, sites, manifest.classes, manifest.columns, parent=manifest.parent
+        )
 
     def to_plain(self) -> dict[str, JsonValue]:
         """As it stands in `unfinished.json`."""
@@ -86,7 +112,14 @@ class Extraction:
             "geometry": self.geometry.model_dump(mode="json"),
             "sites": {name: site.model_dump(mode="json") for name, site in self.sites.items()},
             "classes": self.classes,
+            "columns": list(self.columns),
+            "parent": self.parent,
         }
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether a site is stored as int8, so that `CacheWriter.fix_scales` comes before the first shard."""
+        return any(site.encoding == "int8" for site in self.sites.values())
 
 
 class CacheWriter:
@@ -114,12 +147,16 @@ class CacheWriter:
     def __init__(self, path: Path, extraction: Extraction, *, force: bool = False) -> None:
         self.path = path
         self.extraction = extraction
-        self.layouts = array_layouts(extraction.geometry, extraction.sites, classes=extraction.classes)
+        self.layouts = array_layouts(
+            extraction.geometry, extraction.sites, classes=extraction.classes, columns=extraction.columns
+        )
+        self._scales: dict[str, Float32[np.ndarray, " d"]] = {}
         self._stack = ExitStack()
         self._stack.enter_context(only_writer(path))
         try:
             with disk_full_names(path):
                 self._take_over(force=force)
+            self._threads = self._stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="clvq-encode"))
         except BaseException:
             self._stack.close()
             raise
@@ -165,12 +202,13 @@ class CacheWriter:
         if not names:
             return None
         if MANIFEST in names:
-            manifest, _ = read_manifest(self.path)
-            sites = {name: SiteLayout(width=s.width, encoding=s.encoding) for name, s in manifest.sites.items()}
-            return Extraction(manifest.identity, manifest.geometry, sites, manifest.classes).to_plain()
+            return Extraction.of(read_manifest(self.path)[0]).to_plain()
         if UNFINISHED in names:
+            note = (self.path / UNFINISHED).read_bytes()
+            if Transfer.of(note):
+                raise ResumeMismatch(f"{unfinished(self.path, note)}; or give another --out")
             with suppress(ValueError, RecursionError):
-                found: JsonValue = json.loads((self.path / UNFINISHED).read_bytes())
+                found: JsonValue = json.loads(note)
                 if isinstance(found, dict) and found.keys() == self.extraction.to_plain().keys():
                     return found
             raise ConfigError(
@@ -196,22 +234,15 @@ class CacheWriter:
             else:
                 target.unlink(missing_ok=True)
 
-    def _metadata_files(self) -> Iterator[tuple[str, bytes]]:
-        groups = {"", "sites", "rows"} | ({"texts"} if LOGITS in self.layouts else set())
-        for group in sorted(groups):
-            yield f"{ARRAYS}/{group}/zarr.json".replace("//", "/"), to_json(group_metadata())
-        for name, layout in self.layouts.items():
-            yield f"{ARRAYS}/{name}/zarr.json", to_json(layout.metadata())
-
     def _write_metadata(self) -> None:
         make_folder(self.path / RECORDS)
         make_folder(self.path / STAGING)
         for name, layout in self.layouts.items():
             make_folder(self.path / ARRAYS / name / "c")
-            for shard in range(self.extraction.geometry.shards) if len(layout.shape) > 1 else ():
+            for shard in range(self.extraction.geometry.shards if len(layout.shape) > 1 else 0):
                 (self.path / array_file(name, shard, len(layout.shape))).parent.mkdir(exist_ok=True)
             fsync_folder(self.path / ARRAYS / name / "c")
-        for name, data in self._metadata_files():
+        for name, data in metadata(self.layouts).items():
             file = self.path / name
             if not file.is_file() or file.read_bytes() != data:
                 write_file(file, data)
@@ -221,14 +252,48 @@ class CacheWriter:
         file = self.path / record_file(number)
         if not file.is_file():
             return False
-        try:
-            files = ShardRecord.model_validate_json(file.read_bytes()).files
-        except ValidationError:
-            files = None
+        files = None
+        with suppress(CacheCorrupt):
+            files = read_record(self.path, number).files
         if files is not None and all(_has_size(self.path / name, entry.bytes) for name, entry in files.items()):
             return True
         file.unlink()
         return False
+
+    def fix_scales(self, compute: Callable[[], Mapping[str, Float32[np.ndarray, " _d"]]]) -> None:
+        """Fix the channel scales of all int8 sites, before the first shard; does nothing where there are none.
+
+        Whoever is first writes them, once, and everyone reads what is there: shards made by several workers, or by a
+        later run on another machine, agree.
+
+        Parameters
+        ----------
+        compute
+            Gives site → scales; called only where they are not fixed yet.
+
+        Raises
+        ------
+        CacheCorrupt
+            Where a file of scales is damaged.
+        """
+        sites = [name for name, site in self.extraction.sites.items() if site.encoding == "int8"]
+        if any(not self._scale_file(site).is_file() for site in sites):
+            scales = compute()
+            with disk_full_names(self.path), _emptied(self.path / STAGING):
+                for site in sites:
+                    aside = self.path / STAGING / site
+                    layout = self.layouts[f"channel_scale/{site}"]
+                    write_durably(aside, partial(write_shard, values=scales[site], layout=layout))
+                    with suppress(FileExistsError):
+                        os.link(aside, self._scale_file(site))
+                    fsync_folder(self._scale_file(site).parent)
+        for site in sites:
+            name = f"channel_scale/{site}"
+            width = np.arange(self.layouts[name].shape[0])
+            self._scales[site] = Cache.read_array(self.path, name, self.layouts[name], width)
+
+    def _scale_file(self, site: str) -> Path:
+        return self.path / array_file(f"channel_scale/{site}", 0, 1)
 
     def commit(self, shard: Shard) -> None:
         """Write one shard and its record. Safe to repeat.
@@ -242,51 +307,72 @@ class CacheWriter:
         ResumeMismatch
             Where the shard was committed before with other bytes; what stands there is kept.
         """
-        stored: dict[str, Shaped[np.ndarray, "place ..."]] = {}
-        statistics = {}
-        for site, values in shard.sites.items():
-            encoding = self.extraction.sites[site].encoding
-            bits = to_bits(values, encoding, site=site)
-            stored[f"sites/{site}"] = bits
-            statistics[site] = SiteStatistics.of(from_bits(bits, encoding))
-        for column, places in shard.rows.items():
-            stored[f"rows/{column}"] = places
+        with self.encoded(shard) as record:
+            if not self._is_recorded(record):
+                self.place(record)
+                self._create_record(record)
+        self.done.add(shard.number)
+
+    @contextmanager
+    def encoded(self, shard: Shard) -> Iterator[ShardRecord]:
+        """The record of a shard whose files lie in `staging/` while the block lasts; raises what `commit` raises."""
+        self._check_fits(shard)
+        entries: dict[str, FileEntry] = {}
+        statistics, losses = {}, {}
+        parts = {f"rows/{column}": places for column, places in shard.rows.items()}
         if shard.logits is not None:
-            stored[LOGITS] = shard.logits
-        self._check_fits(shard, stored)
-        aside = self.path / STAGING
-        entries = {}
-        with disk_full_names(self.path), _emptied(aside):
-            for name, part in stored.items():
-                layout = self.layouts[name]
-                file = array_file(name, shard.number, len(layout.shape))
-                entries[file] = _write_durably(
-                    aside / file.replace("/", "+"),
-                    partial(write_shard, values=part, layout=layout),
-                )
-            record = ShardRecord(
+            parts[LOGITS] = shard.logits
+
+        def put(name: str, write: Callable[[HashingSink], object]) -> None:
+            file = array_file(name, shard.number, len(self.layouts[name].shape))
+            entries[file] = write_durably(self._staged(file), write)
+
+        with disk_full_names(self.path, missing=self._bytes_left), _emptied(self.path / STAGING):
+            for site, values in shard.sites.items():
+                chunks = SiteFile(values, site, self.extraction.sites[site], self._scales.get(site))
+                put(f"sites/{site}", partial(chunks.write, layout=self.layouts[f"sites/{site}"], threads=self._threads))
+                if chunks.row_scales is not None:
+                    parts[f"scales/{site}"] = chunks.row_scales
+                statistics[site], losses[site] = chunks.measured()
+            for name, part in parts.items():
+                put(name, partial(write_shard, values=part, layout=self.layouts[name]))
+            yield ShardRecord(
                 shard=shard.number,
                 rows=len(shard.rows["text"]),
                 texts=shard.texts,
                 files=entries,
                 statistics=statistics,
+                losses=losses,
             )
-            if not self._is_recorded(record):
-                for file in entries:
-                    os.replace(aside / file.replace("/", "+"), self.path / file)
-                    fsync_folder((self.path / file).parent)
-                self._create_record(aside, record)
-        self.done.add(shard.number)
 
-    def _check_fits(self, shard: Shard, stored: Mapping[str, Shaped[np.ndarray, "place ..."]]) -> None:
-        geometry = self.extraction.geometry
-        if not 0 <= shard.number < geometry.shards or stored.keys() != self.layouts.keys():
-            wrong = ", ".join(sorted(stored.keys() ^ self.layouts.keys())) or "its number"
+    def place(self, record: ShardRecord) -> None:
+        """Move the files of a shard from `staging/` to where they belong."""
+        for file in record.files:
+            os.replace(self._staged(file), self.path / file)
+            fsync_folder((self.path / file).parent)
+
+    def _staged(self, file: str) -> Path:
+        return self.path / STAGING / file.replace("/", "+")
+
+    def _bytes_left(self) -> int:
+        """What the shards that are not written yet take at most."""
+        shard = sum(layout.file_bytes_at_most for layout in self.layouts.values())
+        return shard * (self.extraction.geometry.shards - len(self.done))
+
+    def _check_fits(self, shard: Shard) -> None:
+        geometry, rows = self.extraction.geometry, len(shard.rows["text"])
+        given: dict[str, Shaped[np.ndarray, "place ..."]] = {f"sites/{site}": v for site, v in shard.sites.items()}
+        given |= {f"rows/{column}": places for column, places in shard.rows.items()}
+        if shard.logits is not None:
+            given[LOGITS] = shard.logits
+        wanted_names = {name for name in self.layouts if not name.startswith(("scales/", "channel_scale/"))}
+        if not 0 <= shard.number < geometry.shards or given.keys() != wanted_names:
+            wrong = ", ".join(sorted(given.keys() ^ wanted_names)) or "its number"
             raise DataError(f"shard {shard.number} is not of this extraction ({geometry.shards} shards): see {wrong}")
-        rows = len(shard.rows["text"])
-        for name, part in stored.items():
+        for name, part in given.items():
             layout, places = self.layouts[name], shard.texts if name == LOGITS else rows
-            found, wanted = (part.dtype.name, *part.shape), (layout.dtype, places, *layout.shape[1:])
+            dtype = "float32" if name.startswith("sites/") else layout.dtype
+            found, wanted = (part.dtype.name, *part.shape), (dtype, places, *layout.shape[1:])
             if found != wanted or places > layout.shard:
                 raise DataError(
                     f"{name} of shard {shard.number} is {found}: {wanted} belongs there, "
@@ -298,16 +384,17 @@ class CacheWriter:
         file = self.path / record_file(record.shard)
         if not file.is_file():
             return False
-        if file.read_bytes() != to_json(record):
+        if file.read_bytes() != sealed_json(record):
             raise ResumeMismatch(
                 f"shard {record.shard} of {self.path} was already written with other bytes: "
                 "run `clvq cache verify`, and extract into another --out"
             )
         return True
 
-    def _create_record(self, aside: Path, record: ShardRecord) -> None:
-        data, target = to_json(record), self.path / record_file(record.shard)
-        _write_durably(aside / "record", lambda sink: sink.write(data))
+    def _create_record(self, record: ShardRecord) -> None:
+        aside = self.path / STAGING
+        data, target = sealed_json(record), self.path / record_file(record.shard)
+        write_durably(aside / "record", lambda sink: sink.write(data))
         # Linking fails where the record exists: whoever was first has said what the shard is.
         try:
             os.link(aside / "record", target)
@@ -332,62 +419,85 @@ class CacheWriter:
             Names of the labels.
         counts
             What happened to the texts.
+
+        Raises
+        ------
+        CacheIncomplete
+            Where a shard is missing.
         """
         geometry = self.extraction.geometry
-        records = [
-            ShardRecord.model_validate_json((self.path / record_file(number)).read_bytes())
-            for number in range(geometry.shards)
-        ]
-        files: dict[str, FileEntry] = {}
-
-        def put(name: str, data: bytes) -> None:
-            write_file(self.path / name, data)
-            files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-        for name, data in self._metadata_files():
-            files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        for number in range(geometry.shards):
-            file = self.path / record_file(number)
-            files[record_file(number)] = FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file))
-        put(TEXTS, _parquet(self._with_predictions(texts)))
-        manifest = Manifest(
-            format="clvq-cache",
-            version=1,
-            identity=self.extraction.identity,
-            geometry=geometry,
-            sites={
-                name: SiteEntry(
-                    width=site.width,
-                    encoding=site.encoding,
-                    statistics=SiteStatistics.merged((r.statistics[name] for r in records), width=site.width),
-                )
-                for name, site in self.extraction.sites.items()
-            },
-            splits=_splits(texts),
-            class_names=class_names,
-            classes=self.extraction.classes,
-            counts=counts,
-            files={},
-            shards=[ShardEntry(rows=r.rows, texts=r.texts, files=r.files) for r in records],
+        missing = [number for number in range(geometry.shards) if not (self.path / record_file(number)).is_file()]
+        if missing:
+            raise CacheIncomplete(
+                f"{self.path} lacks {len(missing)} of {geometry.shards} shards (the first is {missing[0]}): "
+                "run the command that began it again"
+            )
+        write_file(self.path / TEXTS, self.texts_file(texts))
+        manifest = self.seal(
+            splits=_splits(texts), class_names=class_names, counts=counts, parent=self.extraction.parent
         )
-        put(CARD, card(manifest))
-        manifest = manifest.model_copy(update={"files": files})
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        write_file(self.path / MANIFEST, to_json(manifest))
         (self.path / UNFINISHED).unlink(missing_ok=True)
         with disk_full_names(self.path):
             fsync_folder(self.path)
         self.finished = True
         return manifest
 
-    def _with_predictions(self, texts: pa.Table) -> pa.Table:
+    def seal(
+        self,
+        *,
+        splits: dict[str, SplitEntry],
+        class_names: list[str] | None,
+        counts: dict[str, int],
+        parent: str | None,
+    ) -> Manifest:
+        """Write the card and, last, the manifest of what lies in the folder."""
+        shards = range(self.extraction.geometry.shards)
+        records = [read_record(self.path, number) for number in shards]
+        axes = {name: len(layout.shape) for name, layout in self.layouts.items()}
+        common = list(common_files(axes, len(shards)))
+        manifest = Manifest(
+            format="clvq-cache",
+            version=1,
+            parent=parent,
+            identity=self.extraction.identity,
+            geometry=self.extraction.geometry,
+            sites={
+                name: SiteEntry(
+                    width=site.width,
+                    encoding=site.encoding,
+                    statistics=SiteStatistics.merged((r.statistics[name] for r in records), width=site.width),
+                    loss=EncodingLoss.merged(r.losses[name] for r in records),
+                )
+                for name, site in self.extraction.sites.items()
+            },
+            columns=self.extraction.columns,
+            splits=splits,
+            class_names=class_names,
+            classes=self.extraction.classes,
+            counts=counts,
+            files=dict.fromkeys(common, FileEntry(bytes=0, sha256=UNSEALED)),
+            shards=[ShardEntry(rows=r.rows, texts=r.texts, files=r.files) for r in records],
+        )
+        write_file(self.path / CARD, card(manifest))
+        files = {
+            name: FileEntry(bytes=(self.path / name).stat().st_size, sha256=sha256_of(self.path / name))
+            for name in common
+        }
+        manifest = manifest.model_copy(update={"files": files})
+        shutil.rmtree(self.path / STAGING, ignore_errors=True)
+        write_file(self.path / MANIFEST, sealed_json(manifest))
+        return manifest
+
+    def texts_file(self, texts: pa.Table) -> bytes:
+        """`texts.parquet`, from a table without predictions and the logits that lie in the folder."""
         where = texts.schema.get_field_index("label") + 1
-        if LOGITS not in self.layouts:
-            return texts.add_column(where, "prediction", pa.nulls(len(texts), pa.int32()))
-        logits = Cache.read_array(self.path, LOGITS, self.layouts[LOGITS], np.asarray(texts["text_id"]))
-        known = np.isfinite(logits).all(axis=1)
-        predicted = np.where(known, np.nan_to_num(logits).argmax(axis=1), -1)
-        return texts.add_column(where, "prediction", pa.array(predicted, pa.int32(), mask=~known))
+        predicted = pa.nulls(len(texts), pa.int32())
+        if LOGITS in self.layouts:
+            logits = Cache.read_array(self.path, LOGITS, self.layouts[LOGITS], np.asarray(texts["text_id"]))
+            known = np.isfinite(logits).all(axis=1)
+            best = np.where(known, np.nan_to_num(logits).argmax(axis=1), -1)
+            predicted = pa.array(best, pa.int32(), mask=~known)
+        return texts_parquet(texts.add_column(where, "prediction", predicted))
 
 
 def _has_size(file: Path, size: int) -> bool:
@@ -403,36 +513,6 @@ def _emptied(folder: Path) -> Iterator[None]:
     finally:
         for file in folder.iterdir():
             file.unlink()
-
-
-class _HashingSink:
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes, /) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    def entry(self) -> FileEntry:
-        return FileEntry(bytes=self._bytes, sha256=self._digest.hexdigest())
-
-
-def _write_durably(path: Path, write: Callable[[_HashingSink], object]) -> FileEntry:
-    with open(path, "wb") as file:
-        sink = _HashingSink(file)
-        write(sink)
-        file.flush()
-        os.fsync(file.fileno())
-    return sink.entry()
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
-    return bytes(sink.getvalue())
 
 
 def _splits(texts: pa.Table) -> dict[str, SplitEntry]:

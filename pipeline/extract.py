@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from ..cache.encoding import SCALE_ROWS, channel_scale, scale_texts
 from ..cache.files import free_bytes
 from ..cache.layout import MANIFEST, ROW_COLUMNS, UNFINISHED, read_manifest
 from ..cache.writer import CacheWriter, Shard
@@ -108,9 +109,10 @@ def extract(
             if missing:
                 model = load()
                 started = time.perf_counter()
+                writer.fix_scales(lambda: channel_scales(plan, model, progress))
                 real, slots = _extract_shards(plan, missing, model, writer, progress)
             writer.finish(
-                _texts_table(plan),
+                texts_table(plan),
                 class_names=plan.class_names,
                 counts=plan.counts,
             )
@@ -139,7 +141,7 @@ def _extract_shards(
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="clvq-write") as writing:
         for number in missing:
-            shard, shard_real, shard_slots = _run_shard(plan, number, model, progress)
+            shard, shard_real, shard_slots = run_shard(plan, number, model, progress)
             # One shard being written and one being computed: memory stays flat.
             if pending is not None:
                 pending.result()
@@ -151,14 +153,43 @@ def _extract_shards(
     return real, slots
 
 
-def _run_shard(plan: Plan, number: int, model: LanguageModel, progress: Progress) -> tuple[Shard, int, int]:
+@dataclass(frozen=True)
+class _Read:
+    """What the model gave for some texts, one after the other in the plan's order."""
+
+    sites: dict[str, Float32[np.ndarray, "row d"]]
+    rows: list[Rows]
+    logits: Float32[np.ndarray, "text class"] | None
+    real: int
+    """Token slots computed that were real tokens."""
+    slots: int
+
+
+def run_shard(plan: Plan, number: int, model: LanguageModel, progress: Progress) -> tuple[Shard, int, int]:
+    """The contents of a shard; how many token slots computed were real, and how many were computed."""
     places = plan.shard(number)
+    read = _run_texts(plan, places, model, progress)
+    columns = {name: np.concatenate([getattr(part, name) for part in read.rows]) for name in Rows.__slots__}
+    columns["text"] = np.repeat(plan.placement.text_id[places], plan.row_counts[places])
+    typed = {name: columns[name].astype(dtype) for name, (dtype, _) in ROW_COLUMNS.items()}
+    shard = Shard(number=number, sites=read.sites, rows=typed, texts=len(places), logits=read.logits)
+    return shard, read.real, read.slots
+
+
+def channel_scales(plan: Plan, model: LanguageModel, progress: Progress) -> dict[str, Float32[np.ndarray, " _d"]]:
+    """Scales of the channels for int8, from the plan's first texts."""
+    places = scale_texts(plan.row_counts)
+    read = _run_texts(plan, places, model, progress)
+    return {name: channel_scale(values[:SCALE_ROWS]) for name, values in read.sites.items()}
+
+
+def _run_texts(plan: Plan, places: Int64[np.ndarray, " text"], model: LanguageModel, progress: Progress) -> _Read:
     texts = [plan.texts.text[text] for text in plan.order[places].tolist()]
     tokens = plan.source.tokenize(texts, max_length=plan.config.max_length)
     rows = [plan.rows_of(int(place), part) for place, part in zip(places, tokens, strict=True)]
-    starts = plan.placement.first_row[places] - number * plan.placement.geometry.shard_rows
-    total = int(plan.row_counts[places].sum())
-    sites = {name: np.empty((total, plan.source.width), dtype=np.float32) for name in plan.config.sites}
+    counts = plan.row_counts[places]
+    starts = np.cumsum(counts) - counts
+    sites = {name: np.empty((int(counts.sum()), plan.source.width), dtype=np.float32) for name in plan.config.sites}
     numbers = {name: int(name.removeprefix("hidden.")) for name in plan.config.sites}
     classify = plan.config.task == "classify"
     logits = np.full((len(texts), len(plan.source.class_names)), np.nan, dtype=np.float32) if classify else None
@@ -179,10 +210,7 @@ def _run_shard(plan: Plan, number: int, model: LanguageModel, progress: Progress
         real += int(mask.sum())
         slots += mask.numel()
     _check_finite(plan, places, sites, starts)
-    columns = {name: np.concatenate([getattr(part, name) for part in rows]) for name in Rows.__slots__}
-    columns["text"] = np.repeat(plan.placement.text_id[places], plan.row_counts[places])
-    typed = {name: columns[name].astype(dtype) for name, (dtype, _) in ROW_COLUMNS.items()}
-    return Shard(number=number, sites=sites, rows=typed, texts=len(texts), logits=logits), real, slots
+    return _Read(sites=sites, rows=rows, logits=logits, real=real, slots=slots)
 
 
 def pool(states: Float[Tensor, "batch seq d"], rows: list[Rows], *, mean: bool) -> Float32[np.ndarray, "row d"]:
@@ -217,7 +245,7 @@ def _check_finite(
             )
 
 
-def _texts_table(plan: Plan) -> pa.Table:
+def texts_table(plan: Plan) -> pa.Table:
     """`texts.parquet` less its predictions."""
     import hashlib
 

@@ -108,10 +108,7 @@ class Plan:
         """Upper limit of the cache's size: all values uncompressed, plus the texts and the small files."""
         layouts = array_layouts(self.placement.geometry, self._sites(), classes=self._classes())
         shards = self.placement.geometry.shards
-        arrays = sum(
-            shards * (layout.chunks_per_shard * (layout.chunk_bytes + 64) + layout.index_bytes)
-            for layout in layouts.values()
-        )
+        arrays = sum(shards * layout.file_bytes_at_most for layout in layouts.values())
         return int(arrays + self._other_bytes())
 
     def bytes_expected(self) -> int:

@@ -1,18 +1,42 @@
-"""Small caches with known contents, for the tests of `clvq.cache`; as a script, it writes one into the folder given."""
+"""Small caches with known contents, for the tests of `clvq.cache`; a script may use this file too."""
 
+import hashlib
+import json
 import os
-import sys
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from clvq.cache.layout import ROW_COLUMNS, Encoding, Geometry, Manifest, SiteLayout
+from clvq.cache.encoding import channel_scale
+from clvq.cache.layout import (
+    MANIFEST,
+    ROW_COLUMNS,
+    TEXTUAL_COLUMNS,
+    UNFINISHED,
+    Encoding,
+    Geometry,
+    Manifest,
+    ShardRecord,
+    SiteLayout,
+)
 from clvq.cache.placement import Placement, place
+from clvq.cache.verify import verify
 from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.errors import CacheIncomplete
 
 CLASSES = ["bad", "good", "none"]
+EVERY_ENCODING: dict[str, tuple[int, Encoding]] = {
+    "hidden.1": (6, "bf16"),
+    "hidden.2": (5, "fp32"),
+    "hidden.3": (4, "fp16"),
+    "hidden.4": (7, "int8"),
+}
+# Of a copy without its texts: fewer files, where a test is to try every step of writing them.
+FEW_COLUMNS = tuple(column for column in ROW_COLUMNS if column not in TEXTUAL_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +54,15 @@ class Known:
     @property
     def geometry(self) -> Geometry:
         return self.extraction.geometry
+
+    @property
+    def scales(self) -> dict[str, np.ndarray]:
+        """The channel scales of the int8 sites."""
+        return {
+            name: channel_scale(self.vectors[name])
+            for name, site in self.extraction.sites.items()
+            if site.encoding == "int8"
+        }
 
     @property
     def places(self) -> np.ndarray:
@@ -67,6 +100,7 @@ class Known:
         with CacheWriter(path, self.extraction, force=force) as writer:
             if writer.finished:
                 return None
+            writer.fix_scales(lambda: self.scales)
             for number in range(self.geometry.shards):
                 if number not in writer.done:
                     writer.commit(self.shard(number))
@@ -83,6 +117,7 @@ def known(
     longest: int = 40,
     widths: dict[str, tuple[int, Encoding]] | None = None,
     chunk_rows: int = 32,
+    columns: tuple[str, ...] = tuple(ROW_COLUMNS),
     predictions: bool = True,
     seed: int = 0,
 ) -> Known:
@@ -94,7 +129,7 @@ def known(
     rows = int(counts.sum())
     within = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
     last = within == np.repeat(counts, counts) - 1
-    columns = {
+    contents = {
         "text": np.repeat(placement.text_id, counts),
         "position": within * 2 + 1,
         "subwords": generator.integers(1, 3, rows),
@@ -110,6 +145,7 @@ def known(
             geometry=placement.geometry.model_copy(update={"chunk_rows": chunk_rows}),
             sites={name: SiteLayout(width=width, encoding=encoding) for name, (width, encoding) in widths.items()},
             classes=len(CLASSES) if predictions else None,
+            columns=columns,
         ),
         placement=placement,
         counts=counts,
@@ -117,15 +153,51 @@ def known(
             name: (generator.normal(size=(rows, width)) * np.exp(generator.normal(size=width))).astype(np.float32)
             for name, (width, _) in widths.items()
         },
-        columns={name: columns[name].astype(dtype) for name, (dtype, _) in ROW_COLUMNS.items()},
+        columns={name: contents[name].astype(ROW_COLUMNS[name][0]) for name in columns},
         logits=generator.normal(size=(texts, len(CLASSES))).astype(np.float32) if predictions else None,
         splits=generator.choice(["train", "dev"], texts).tolist(),
     )
 
 
+def seal(manifest: bytes | Mapping[str, Any]) -> bytes:
+    """A manifest or record with a checksum that is right, where it has any: who has read the format can make it."""
+    data = manifest if isinstance(manifest, bytes) else json.dumps(manifest, sort_keys=True).encode()
+    place = re.search(rb'"checksum": "([0-9a-f]{64})"', data)
+    if place is None:
+        return data
+    start, end = place.span(1)
+    unsealed = data[:start] + b"0" * 64 + data[end:]
+    return data[:start] + hashlib.sha256(unsealed).hexdigest().encode() + data[end:]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def recorded(folder: Path) -> set[int]:
+    """The shards with a record, each of whose files has been compared with it."""
+    numbers = set()
+    for file in folder.glob("records/[0-9]*.json"):
+        record = ShardRecord.model_validate_json(file.read_bytes())
+        for name, entry in record.files.items():
+            data = (folder / name).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256), name
+        numbers.add(record.shard)
+    return numbers
+
+
+def check_what_is_named_is_whole(folder: Path) -> None:
+    """Whatever happened to its writer, a folder never claims more than it holds."""
+    recorded(folder)
+    if (folder / MANIFEST).exists():
+        assert {problem.file for problem in verify(folder).problems} <= {UNFINISHED}
+    elif (folder / UNFINISHED).exists():
+        try:
+            verify(folder)
+        except CacheIncomplete:
+            return
+        raise AssertionError(f"{folder} is not finished, and passes for whole")
 
 
 def without_waiting() -> Iterator[None]:
@@ -135,10 +207,3 @@ def without_waiting() -> Iterator[None]:
         yield
     finally:
         os.fsync = real
-
-
-if __name__ == "__main__":
-    made = known()
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    made.write(Path(sys.argv[1]))

@@ -12,6 +12,44 @@ import torch
 
 from .caches import make_cache
 
+TOLD = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long form of the fault tests, and nothing else")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: a fault test with a long form")
+    config.stash[TOLD] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        others = [item for item in items if item.get_closest_marker("soak") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--soak"):
+        terminalreporter.section("what was done")
+        for line in config.stash[TOLD]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether to run the long form of a test; its test is to be marked `soak`."""
+    return bool(request.config.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to what `make soak` prints in the end."""
+    return request.config.stash[TOLD].append
+
+
 # A busy machine is slow now and then; that is no failure.
 hypothesis.settings.register_profile("clvq", deadline=None)
 hypothesis.settings.load_profile("clvq")

@@ -1,36 +1,23 @@
 """Killed or out of disk at any point: what is named is whole, and going on gives the same bytes."""
 
 import errno
-import hashlib
 import os
-import random
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clvq.cache import files, writer
-from clvq.cache.layout import ROW_COLUMNS, ShardRecord
-from clvq.cache.verify import verify
-from clvq.errors import CacheIncomplete, DiskFull
+from clvq.cache import files, shard_file, writer
+from clvq.errors import DiskFull
 
-from .cache_maker import Known, contents, known
-
-SCRIPT = Path(__file__).with_name("cache_maker.py")
-KILLS = 15
+from .cache_maker import FEW_COLUMNS, Known, check_what_is_named_is_whole, contents, known, recorded
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Known:
+def made() -> Known:
     """Contents of a cache of two shards and few files, so that every step of writing it can be tried."""
-    for column in set(ROW_COLUMNS) - {"text", "special"}:
-        monkeypatch.delitem(ROW_COLUMNS, column)
-    return known(texts=6, widths={"hidden.1": (3, "bf16")})
+    return known(texts=6, widths={"hidden.1": (3, "int8")}, columns=FEW_COLUMNS)
 
 
 NAMING = ("replace", "link", "mkdir")
@@ -50,7 +37,7 @@ class Steps:
             monkeypatch.setattr(os, name, self._hooked(getattr(os, name), makes=name == "mkdir"))
         fsync = self._hooked(lambda descriptor: None) if calls == NAMING else lambda descriptor: None
         monkeypatch.setattr(os, "fsync", fsync)
-        for module in (files, writer):
+        for module in (files, shard_file, writer):
             monkeypatch.setattr(module, "open", self._open, raising=False)
 
     def reset(self, before: Callable[[int], None] = lambda step: None) -> None:
@@ -101,25 +88,9 @@ class _File:
         self._file.close()
 
 
-def recorded(folder: Path) -> set[int]:
-    """The shards with a record, each of whose files has been compared with it."""
-    numbers = set()
-    for file in folder.glob("records/[0-9]*.json"):
-        record = ShardRecord.model_validate_json(file.read_bytes())
-        for name, entry in record.files.items():
-            data = (folder / name).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
-        numbers.add(record.shard)
-    return numbers
-
-
-def check_what_is_named_is_whole(folder: Path) -> None:
-    recorded(folder)
-    if (folder / "manifest.json").exists():
-        assert {problem.file for problem in verify(folder).problems} <= {"unfinished.json"}
-    elif (folder / "unfinished.json").exists():
-        with pytest.raises(CacheIncomplete):
-            verify(folder)
+def state(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, empty folders included."""
+    return contents(folder) | {f"{path.relative_to(folder)}/": b"" for path in folder.rglob("*") if path.is_dir()}
 
 
 def test_a_kill_before_any_change_of_names_leaves_what_can_be_finished_to_the_same_bytes(
@@ -127,22 +98,31 @@ def test_a_kill_before_any_change_of_names_leaves_what_can_be_finished_to_the_sa
 ) -> None:
     steps = Steps(monkeypatch, *NAMING, "unlink")
     made.write(tmp_path / "whole")
-    whole, left = contents(tmp_path / "whole"), []
+    whole = contents(tmp_path / "whole")
+    seen: list[dict[str, bytes]] = []
+    left: list[Path] = []
 
     def photograph(step: int) -> None:
         # A process that is killed leaves what the system has seen until then.
-        if (tmp_path / "cache").exists():
+        if (tmp_path / "cache").exists() and (now := state(tmp_path / "cache")) not in seen:
+            seen.append(now)
             left.append(tmp_path / f"left-{step}")
             shutil.copytree(tmp_path / "cache", left[-1])
 
     steps.reset(photograph)
     made.write(tmp_path / "cache")
     steps.reset()
-    assert len(left) > 80
+    assert len(left) > 60
     for folder in left:
         check_what_is_named_is_whole(folder)
         made.write(folder)
         assert contents(folder) == whole
+
+
+FULL = (
+    r"^no room left on the disk while writing .*: [\d,]+ bytes are free( and up to [\d,]+ more are to be written)?; "
+    r"everything finished before is kept; free some room and run the same command again$"
+)
 
 
 def full_at(step: int, number: int) -> Callable[[int], None]:
@@ -169,19 +149,24 @@ def test_a_full_disk_at_any_step_keeps_finished_shards_and_leaves_nothing_half_d
     made.write(tmp_path / "whole")
     whole, total = contents(tmp_path / "whole"), steps.count
     assert total > 100
+    seen: list[dict[str, bytes]] = []
     for step in range(total):
         folder = tmp_path / f"full-{step}"
         done.clear()
         steps.reset(full_at(step, errno.ENOSPC if step % 2 else errno.EDQUOT))
-        with pytest.raises(DiskFull, match=r"^no room left on the disk while writing .*: [\d,]+ bytes are free; "):
+        with pytest.raises(DiskFull, match=FULL):
             made.write(folder)
         steps.reset()
+        if state(folder) in seen:
+            continue
+        seen.append(state(folder))
         check_what_is_named_is_whole(folder)
         assert done <= recorded(folder)
         assert not list(folder.glob("staging/*"))
         assert not list(folder.rglob(".*"))
         made.write(folder)
         assert contents(folder) == whole
+    assert len(seen) > 20
 
 
 def test_the_words_about_a_full_disk_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,41 +186,3 @@ def test_another_error_of_the_disk_is_passed_on(tmp_path: Path, monkeypatch: pyt
         files.write_file(tmp_path / "f", b"data")
     assert not isinstance(caught.value, DiskFull)
     assert list(tmp_path.iterdir()) == []
-
-
-def started(folder: Path) -> subprocess.Popen[bytes]:
-    """A process that is about to write the cache."""
-    process = subprocess.Popen([sys.executable, SCRIPT, folder], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    return process
-
-
-def folders(tmp_path: Path) -> Iterator[Path]:
-    number = 0
-    while True:
-        yield tmp_path / f"cache-{number}"
-        number += 1
-
-
-def test_killed_again_and_again_the_cache_comes_out_the_same(tmp_path: Path) -> None:
-    with started(tmp_path / "whole") as process:
-        begin = time.monotonic()
-        process.wait()
-        takes = time.monotonic() - begin
-    whole = contents(tmp_path / "whole")
-    assert verify(tmp_path / "whole").problems == []
-    draw, kills = random.Random(0), 0
-    for folder in folders(tmp_path):
-        finished = False
-        while not finished:
-            with started(folder) as process:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=draw.uniform(0, takes / 3) if kills < KILLS else None)
-                finished = process.poll() == 0
-                process.kill()
-                kills += not finished
-            check_what_is_named_is_whole(folder)
-        assert contents(folder) == whole
-        if kills >= KILLS:
-            break

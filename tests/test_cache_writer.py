@@ -1,5 +1,8 @@
 """Writing: what is continued, what is refused, what is deleted."""
 
+import hashlib
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +10,13 @@ import numpy as np
 import pytest
 from clvq import Cache
 from clvq.cache.files import free_bytes, make_folder, only_writer, sha256_of, write_file
-from clvq.cache.layout import SiteLayout, to_json
+from clvq.cache.layout import SiteLayout, is_sealed, to_json
+from clvq.cache.shard_file import read_record
 from clvq.cache.verify import verify
 from clvq.cache.writer import CacheWriter
 from clvq.errors import CacheCorrupt, ClvqError, ConfigError, DataError, FolderInUse, FormatVersion, ResumeMismatch
 
-from .cache_maker import Known, contents, known, without_waiting
+from .cache_maker import EVERY_ENCODING, FEW_COLUMNS, Known, contents, known, seal, without_waiting
 
 no_waiting = pytest.fixture(without_waiting, scope="module", autouse=True)
 
@@ -60,6 +64,15 @@ def test_the_bytes_depend_on_neither_folder_nor_order(made: Known, whole: dict[s
     assert contents(tmp_path / "a" / "b") == whole
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = known(texts=40, longest=120, widths=EVERY_ENCODING, chunk_rows=16)
+    assert large.geometry.shard_rows >= 10 * 16
+    for threads in (1, 4):
+        monkeypatch.setattr("clvq.cache.writer._THREADS", threads)
+        large.write(tmp_path / str(threads))
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
+
+
 def test_a_finished_cache_is_recognised_and_left_alone(made: Known, whole: dict[str, bytes], tmp_path: Path) -> None:
     made.write(tmp_path)
     for force in (False, True):
@@ -87,7 +100,7 @@ def test_a_kill_between_the_manifest_and_the_end_leaves_a_finished_cache(
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "record"])
+@pytest.mark.parametrize("damage", ["missing", "short", "record", "flipped record", "emptied record"])
 def test_a_shard_that_lost_a_file_is_made_again(
     made: Known, whole: dict[str, bytes], tmp_path: Path, damage: str
 ) -> None:
@@ -98,7 +111,12 @@ def test_a_shard_that_lost_a_file_is_made_again(
     elif damage == "short":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        (tmp_path / "records/000001.json").write_bytes(b'{"shard": 1')
+        record = tmp_path / "records/000001.json"
+        data = record.read_bytes()
+        # The digit stands in a number that nothing else checks.
+        flipped = re.sub(rb'"cosine_sum": (\d)', lambda found: found[0][:-1] + bytes([found[0][-1] ^ 1]), data, count=1)
+        assert flipped != data
+        record.write_bytes({"record": data[:11], "flipped record": flipped, "emptied record": b""}[damage])
     with CacheWriter(tmp_path, made.extraction) as writer:
         assert writer.done == {0}
     made.write(tmp_path)
@@ -116,6 +134,10 @@ def test_other_settings_are_refused_and_each_difference_is_named(made: Known, tm
     assert "sites.hidden.1.width: 6 there, 8 now" in refusal(tmp_path, with_site(made, width=8))
     other = replace(made, extraction=replace(made.extraction, classes=None))
     assert "classes: 3 there, null now" in refusal(tmp_path, other)
+    other = replace(made, extraction=replace(made.extraction, columns=FEW_COLUMNS))
+    assert "columns: [" in refusal(tmp_path, other)
+    other = replace(made, extraction=replace(made.extraction, parent="0" * 64))
+    assert 'parent: null there, "000' in refusal(tmp_path, other)
     moved = made.geometry.model_copy(update={"chunk_rows": 64})
     other = replace(made, extraction=replace(made.extraction, geometry=moved))
     assert "geometry.chunk_rows: 32 there, 64 now" in refusal(tmp_path, other)
@@ -243,6 +265,21 @@ def test_a_value_that_cannot_be_stored_leaves_no_shard(tmp_path: Path) -> None:
     assert contents(tmp_path / "records") == {}
 
 
+def test_a_value_that_cannot_be_stored_anywhere_in_a_large_shard_leaves_the_writer_usable(tmp_path: Path) -> None:
+    made = known(texts=60, longest=60, widths={"hidden.1": (3, "fp16")}, chunk_rows=16)
+    shard = made.shard(1)
+    wrong = replace(shard, sites={"hidden.1": shard.sites["hidden.1"].copy()})
+    wrong.sites["hidden.1"][len(shard.rows["text"]) // 2, 1] = np.nan
+    with CacheWriter(tmp_path, made.extraction) as writer:
+        with pytest.raises(DataError, match=r"^hidden\.1 has a value that is not finite"):
+            writer.commit(wrong)
+        assert list((tmp_path / "staging").iterdir()) == []
+        writer.commit(shard)
+        assert writer.done == {1}
+    made.write(tmp_path)
+    assert verify(tmp_path).problems == []
+
+
 def test_a_shard_that_does_not_fit_is_refused(made: Known, tmp_path: Path) -> None:
     shard = made.shard(0)
     rows = len(shard.rows["text"])
@@ -266,6 +303,40 @@ def test_staging_is_gone_after_the_writer_even_when_it_failed(made: Known, tmp_p
         raise KeyboardInterrupt
     assert not (tmp_path / "staging").exists()
     assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_a_cache_made_from_another_names_it(made: Known, tmp_path: Path) -> None:
+    parent = "0123456789abcdef" * 4
+    child = replace(made, extraction=replace(made.extraction, parent=parent))
+    child.write(tmp_path)
+    assert Cache(tmp_path).manifest.parent == parent
+    assert f"Made from the cache `{parent}`." in (tmp_path / "README.md").read_text()
+
+
+def test_records_are_sealed_and_say_what_was_written(made: Known, whole: dict[str, bytes], tmp_path: Path) -> None:
+    made.write(tmp_path)
+    for number in range(made.geometry.shards):
+        record, shard = read_record(tmp_path, number), made.shard(number)
+        assert is_sealed(whole[f"records/{number:06d}.json"])
+        assert (record.shard, record.rows, record.texts) == (number, len(shard.rows["text"]), shard.texts)
+        for name, entry in record.files.items():
+            assert (len(whole[name]), hashlib.sha256(whole[name]).hexdigest()) == (entry.bytes, entry.sha256)
+
+
+def test_a_damaged_record_is_named(made: Known, tmp_path: Path) -> None:
+    begin(tmp_path, made)
+    file = tmp_path / "records/000000.json"
+    data = file.read_bytes()
+    draw = random.Random(0)
+    for place in draw.sample(range(len(data)), 200):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        with pytest.raises(CacheCorrupt) as caught:
+            read_record(tmp_path, 0)
+        assert str(caught.value) == f"{file} is damaged: its bytes do not have the checksum that it holds"
+    file.write_bytes(seal({"checksum": "0" * 64, "shard": 0}))
+    with pytest.raises(CacheCorrupt) as caught:
+        read_record(tmp_path, 0)
+    assert str(caught.value) == f"{file} is damaged: 5 things are wrong in it"
 
 
 def test_the_card_says_what_the_cache_holds(made: Known, whole: dict[str, bytes]) -> None:

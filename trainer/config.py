@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..cache.pools import POOL_BYTES
 from ..cache.reader import Special
 from ..errors import ConfigError
 
@@ -108,8 +109,8 @@ class FitConfig(_Frozen):
     texts_per_batch: int = Field(ge=1)
     slots_per_batch: int = Field(ge=1)
     """Upper limit of texts × longest text in a batch."""
-    pool_rows: int = Field(ge=1)
-    """Rows held in memory to be shuffled."""
+    pool_bytes: int = Field(ge=1)
+    """Rows that are shuffled together, in bytes as stored; twice that much is held in memory."""
     held_out_share: float = Field(gt=0, lt=1)
     """Share of the texts held out where no held-out split is named."""
     checkpoint_minutes: float = Field(gt=0)
@@ -168,7 +169,7 @@ def _paper(codes: int) -> dict[str, _Frozen]:
             patience=15,
             texts_per_batch=128,
             slots_per_batch=128 * 512,
-            pool_rows=262_144,
+            pool_bytes=POOL_BYTES,
             held_out_share=0.1,
             checkpoint_minutes=10,
         ),
@@ -203,7 +204,7 @@ def _default(codes: int) -> dict[str, _Frozen]:
             texts_per_batch=512,
             # Small batches make a better predictor: FVU 0.133 after two epochs by 256 rows, 0.143 by 1,024.
             slots_per_batch=512,
-            pool_rows=262_144,
+            pool_bytes=POOL_BYTES,
             held_out_share=0.1,
             checkpoint_minutes=10,
         ),

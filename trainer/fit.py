@@ -73,6 +73,7 @@ def fit(
     texts = Texts.of(cache, config)
     wanted = RunConfig.begun(
         cache_id=cache.id,
+        vectors_id=cache.manifest.vectors_id,
         config=config,
         d_lower=cache.width(lower),
         d_upper=cache.width(upper),
@@ -115,7 +116,7 @@ class _Training:
                 seed=config.seed,
                 texts_per_batch=config.fit.texts_per_batch,
                 slots_per_batch=config.fit.slots_per_batch,
-                pool_rows=config.fit.pool_rows,
+                pool_bytes=config.fit.pool_bytes,
             )
             for side in (texts.train, texts.held_out)
         )

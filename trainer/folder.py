@@ -43,6 +43,8 @@ class RunConfig(BaseModel):
     clvq: str
     """The version of clvq that began the run."""
     cache_id: str
+    vectors_id: str
+    """Of the cache; copies of it without texts have the same."""
     config: TrainConfig
     d_lower: int
     d_upper: int
@@ -51,7 +53,14 @@ class RunConfig(BaseModel):
 
     @classmethod
     def begun(
-        cls, *, cache_id: str, config: TrainConfig, d_lower: int, d_upper: int, held_out_texts: tuple[int, ...]
+        cls,
+        *,
+        cache_id: str,
+        vectors_id: str,
+        config: TrainConfig,
+        d_lower: int,
+        d_upper: int,
+        held_out_texts: tuple[int, ...],
     ) -> "RunConfig":
         """The description of a run that this version of clvq begins."""
         return cls(
@@ -59,6 +68,7 @@ class RunConfig(BaseModel):
             version=1,
             clvq=version("clvq"),
             cache_id=cache_id,
+            vectors_id=vectors_id,
             config=config,
             d_lower=d_lower,
             d_upper=d_upper,

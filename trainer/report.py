@@ -57,7 +57,7 @@ def write_results(
             **_course(state, config),
             "train_rows": len(texts.train_rows(cache, config)),
             "train_texts": int(texts.train.sum()),
-            "held_out_rows": len(held_out.rows),
+            "held_out_rows": held_out.rows,
             "held_out_texts": int(texts.held_out.sum()),
         }
         write_file(out / REPORT, to_json(report))

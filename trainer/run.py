@@ -97,13 +97,13 @@ class Run:
         return self.config.quantizer.codes
 
     def check_cache(self, cache: Cache) -> None:
-        """Make sure that the cache is the one that the run was trained on.
+        """Make sure that the cache is the one that the run was trained on, or a copy with or without its texts.
 
         Raises
         ------
         RunMismatch
         """
-        if cache.id != self.cache_id:
+        if cache.id != self.cache_id and cache.manifest.vectors_id != self._description.vectors_id:
             raise RunMismatch(
                 f"the run was trained on the cache {self.cache_id[:12]}…, and {cache.path} is {cache.id[:12]}…: "
                 "use the cache that it was trained on, or train again"
