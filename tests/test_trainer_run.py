@@ -157,6 +157,22 @@ def test_a_run_knows_its_cache(trained: Path, small_cache: clvq.Cache, tmp_path:
         run.check_cache(other)
 
 
+def test_a_run_fits_copies_of_its_cache_without_texts_but_no_other_values(
+    trained: Path, small_cache: clvq.Cache, tmp_path: Path
+) -> None:
+    from clvq.cache.recode import recode
+    from clvq.cache.sharing.push import push
+
+    run = Run.from_pretrained(trained)
+    push(small_cache.path, str(tmp_path / "shared"), without_texts=True)
+    shared = clvq.Cache(tmp_path / "shared")
+    assert shared.id != small_cache.id
+    run.check_cache(shared)
+    recode(small_cache, tmp_path / "recoded", "bf16")
+    with pytest.raises(RunMismatch):
+        run.check_cache(clvq.Cache(tmp_path / "recoded"))
+
+
 def test_the_held_out_texts_are_named(trained: Path, small_cache: clvq.Cache) -> None:
     expected = np.asarray(small_cache.texts["text_id"])[small_cache.splits(["dev"])]
     np.testing.assert_array_equal(Run.from_pretrained(trained).held_out_texts, expected)
