@@ -1,38 +1,42 @@
 """The `clvq` command: parse, call one function, print."""
 
 import io
-import json
 import logging
 import math
 import os
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from . import __version__
-from .errors import ClvqError, ConfigError, Interrupted
+from .cli_cache import cache_app
+from .errors import ClvqError, Interrupted
+from .options import (
+    Device,
+    Force,
+    Json,
+    Seed,
+    assignments,
+    device_of,
+    load_model,
+    model_of,
+    names,
+    settings_file,
+    settings_of,
+)
+from .terminal import print_json, progress_bars, put, say, show
 
 if TYPE_CHECKING:
-    import torch
-
     from .evaluation.ablate import AblateResult, Line
     from .pipeline.language_model import LanguageModel
     from .pipeline.plan import Plan
-    from .pipeline.source import ModelSource
 
 app = typer.Typer(
     name="clvq",
@@ -43,13 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look at and check caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Force = Annotated[bool, typer.Option("--force", help="Delete what --out holds from other settings.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 
 
 def main() -> None:
@@ -60,21 +58,21 @@ def main() -> None:
     try:
         app()
     except Interrupted as error:
-        _say(str(error))
+        say(str(error))
         sys.exit(128 + error.signal_number)
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ClvqError, OSError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        _print(__version__)
+        put(__version__)
         raise typer.Exit
 
 
@@ -100,7 +98,7 @@ def extract(
     min_count: Annotated[int, typer.Option(min=1, help="Keep words seen so often in the training split.")] = 1,
     max_occurrences: Annotated[int | None, typer.Option(min=1, help="Keep so many occurrences of a word.")] = None,
     occurrences: Annotated[str, typer.Option(help="Which occurrences: random, or first (as published).")] = "random",
-    encoding: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    encoding: Annotated[str, typer.Option(help="bf16, fp16, fp32 or int8.")] = "bf16",
     task: Annotated[str, typer.Option(help="none, or classify to store the model's predictions.")] = "none",
     dtype: Annotated[str, typer.Option(help="Type to compute in: auto, float32, bfloat16, float16.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Token slots in a batch.")] = 4096,
@@ -117,11 +115,11 @@ def extract(
     from .pipeline.plan import ExtractConfig, make_plan
     from .pipeline.source import find_model
 
-    where = _device(device)
+    where = device_of(device)
     source = find_model(model, revision=revision)
-    config = _settings(
+    config = settings_of(
         ExtractConfig,
-        sites=tuple(source.sites(_names(sites))),
+        sites=tuple(source.sites(names(sites))),
         rows=rows,
         pool=pool,
         min_count=min_count,
@@ -137,15 +135,15 @@ def extract(
     )
     texts = read_texts(
         data,
-        splits=_names(split),
+        splits=names(split),
         text_field=text_field,
         label_field=label_field,
-        keep_fields=_names(keep_fields),
+        keep_fields=names(keep_fields),
         max_texts=max_texts,
         subset=subset,
         seed=seed,
     )
-    with _progress() as progress:
+    with progress_bars() as progress:
         plan = make_plan(source, texts, config, progress=progress)
         if dry_run:
             figures = _plan_figures(plan, out)
@@ -153,62 +151,21 @@ def extract(
             result = run_extract(
                 plan,
                 out,
-                lambda: _load(source, task=config.task, dtype=config.dtype, device=where),
+                lambda: load_model(source, task=config.task, dtype=config.dtype, device=where),
                 progress=progress,
                 force=force,
             )
             figures = asdict(result)
             figures |= figures.pop("counts")
             figures["rows_per_second"] = result.rows / result.seconds if result.shards_done_before == 0 else None
-    _show(figures, as_json=as_json, title="plan" if dry_run else "cache")
+    show(figures, as_json=as_json, title="plan" if dry_run else "cache")
     if dry_run:
         check_disk(plan, out)
 
 
-@cache_app.command()
-def info(path: Annotated[Path, typer.Argument(help="The cache.")], as_json: Json = False) -> None:
-    """What a cache holds and how it was made."""
-    from .cache.layout import read_manifest
-
-    manifest, cache_id = read_manifest(path)
-    plain = manifest.model_dump(mode="json")
-    sites = {
-        name: f"{site.width} × {site.encoding}, median norm {site.statistics.norm_quantile(0.5):.3g}"
-        for name, site in manifest.sites.items()
-    }
-    figures = {
-        "cache_id": cache_id,
-        **{key: plain["geometry"][key] for key in ("rows", "texts", "shards")},
-        "bytes": sum(entry.bytes for entry in manifest.files.values())
-        + sum(entry.bytes for shard in manifest.shards for entry in shard.files.values()),
-        "splits": {name: f"{part.texts:,} texts, {part.rows:,} rows" for name, part in manifest.splits.items()},
-        "sites": sites,
-        "class_names": manifest.class_names,
-        "counts": manifest.counts,
-        **manifest.identity,
-    }
-    _show(figures, as_json=as_json, title=str(path))
-
-
-@cache_app.command()
-def verify(path: Annotated[Path, typer.Argument(help="The cache.")], as_json: Json = False) -> None:
-    """Check every byte of a cache against its manifest; exit 1 where one differs."""
-    from .cache.verify import verify as run_verify
-
-    with _progress() as progress:
-        result = run_verify(path, progress=progress)
-    figures = asdict(result)
-    if not as_json:
-        figures["problems"] = [f"{problem.file} {problem.found}" for problem in result.problems]
-    _show(figures, as_json=as_json, title=str(path))
-    if result.problems:
-        _say(f"error: {path} has {len(result.problems)} problems; get those files anew, or extract again")
-        raise typer.Exit(1)
-
-
 @app.command()
 def train(
-    cache: Annotated[Path, typer.Argument(help="The cache to train from.")],
+    cache: Annotated[str, typer.Argument(help="The cache to train from: a folder, s3://… or hf://….")],
     lower: Annotated[str, typer.Option(help="Site that is mapped, such as 8.")],
     upper: Annotated[str, typer.Option(help="Site that it is mapped to, such as 12.")],
     out: Annotated[Path, typer.Option(help="The run to write.")],
@@ -226,29 +183,29 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a CLVQ-VAE from a cache. Run again to resume."""
-    from .cache.reader import Cache
+    from .cache.sharing.remote import open_cache
     from .trainer.config import preset_config, with_overrides
     from .trainer.fit import fit
 
-    opened = Cache(cache)
+    opened = open_cache(cache)
     resolved = preset_config(
         preset,
         lower=opened.site(lower),
         upper=opened.site(upper),
         codes=codes,
-        split=tuple(_names(split) or (["train"] if len(opened.manifest.splits) > 1 else opened.manifest.splits)),
+        split=tuple(names(split) or (["train"] if len(opened.manifest.splits) > 1 else opened.manifest.splits)),
         held_out=held_out,
         seed=seed,
     )
-    resolved = with_overrides(resolved, {**_settings_file(config), **_assignments(settings or [])})
-    with _progress() as progress:
-        result = fit(opened, resolved, out, device=_device(device), progress=progress, force=force)
-    _show({"path": result.path, "seconds": result.seconds, **result.report}, as_json=as_json, title="run")
+    resolved = with_overrides(resolved, {**settings_file(config), **assignments(settings or [])})
+    with progress_bars() as progress:
+        result = fit(opened, resolved, out, device=device_of(device), progress=progress, force=force)
+    show({"path": result.path, "seconds": result.seconds, **result.report}, as_json=as_json, title="run")
 
 
 @app.command()
 def ablate(
-    cache: Annotated[Path, typer.Argument(help="The cache that the runs were trained on.")],
+    cache: Annotated[str, typer.Argument(help="The cache that the runs were trained on: a folder, s3://… or hf://….")],
     runs: Annotated[list[Path], typer.Argument(help="One or more runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     model: Annotated[str | None, typer.Option(help="The model's folder; needed where it is not from the Hub.")] = None,
@@ -263,35 +220,41 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Remove each text's concept and measure what becomes of the prediction, next to matched controls."""
-    from .cache.reader import Cache
+    from .cache.sharing.remote import open_cache
     from .evaluation.ablate import AblateConfig
     from .evaluation.ablate import ablate as run_ablate
 
-    opened = Cache(cache)
-    where = _device(device)
-    config = _settings(
+    opened = open_cache(cache)
+    where = device_of(device)
+    config = settings_of(
         AblateConfig,
-        read_outs=tuple(_names(read_out)),
-        removals=tuple(_names(removal)),
+        read_outs=tuple(names(read_out)),
+        removals=tuple(names(removal)),
         rows_changed=rows_changed,
-        split=tuple(_names(split)),
+        split=tuple(names(split)),
         max_texts=max_texts,
         seed=seed,
     )
-    names = [path.resolve().name for path in runs]
-    labelled = {name if names.count(name) == 1 else str(path): path for name, path in zip(names, runs, strict=True)}
-    with _progress() as progress:
+    identity: dict[str, Any] = opened.manifest.identity
+
+    def load() -> "LanguageModel":
+        source = model_of(identity["model"], model, what=str(cache))
+        return load_model(source, task="classify", dtype=identity["settings"]["dtype"], device=where)
+
+    called = [path.resolve().name for path in runs]
+    labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
+    with progress_bars() as progress:
         result = run_ablate(
             opened,
             labelled,
             out,
-            lambda: _load_for(opened, model, device=where),
+            load,
             config,
             progress=progress,
             force=force,
         )
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
     else:
         _print_ablation(result)
 
@@ -305,52 +268,32 @@ def demo(
     """The whole way on a real model and real texts from PyPI, in a few minutes; needs the extra `demo`."""
     from .demo import run_demo
 
-    with _progress() as progress:
-        result = run_demo(out, device=_device(device), progress=progress)
+    with progress_bars() as progress:
+        result = run_demo(out, device=device_of(device), progress=progress)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     table = Table("step", "what it made", "seconds", box=SIMPLE_HEAD)
     for step in result.steps:
         table.add_row(step.name, step.made, f"{step.seconds:.1f}")
-    _print(table)
+    put(table)
     _print_ablation(result.ablation)
-    _print(f"\nThe {len(result.concepts)} concepts that matter most (largest effect on predictions when removed):\n")
+    put(f"\nThe {len(result.concepts)} concepts that matter most (largest effect on predictions when removed):\n")
     for number, (effect, concept) in enumerate(zip(result.effects, result.concepts, strict=True), start=1):
         words = ", ".join(f"{word} ({count})" for word, count in concept.words)
         labels = ", ".join(f"{name} {share:.0%}" for name, share in concept.labels.items())
-        _print(
+        put(
             f"{number:2}. concept {concept.concept}: removed from {effect.texts} texts, "
             f"{effect.probability_lost:+.3f} probability lost, {effect.flipped:.0%} flipped; "
             f"{concept.rows} training rows, {labels}"
         )
-        _print(f"    words: {words}")
+        put(f"    words: {words}")
         for before, word, after in concept.examples:
-            _print(f"    · {before}[{word}]{after}")
-    _print("\nGo on with it:")
+            put(f"    · {before}[{word}]{after}")
+    put("\nGo on with it:")
     program = "clvq" if shutil.which("clvq") else shlex.quote(sys.argv[0])
     for command in result.commands:
-        _print(f"  {program} {command}")
-
-
-def _load(source: "ModelSource", *, task: Any, dtype: Any, device: "torch.device") -> "LanguageModel":
-    from .pipeline.language_model import LanguageModel
-
-    return LanguageModel(source, task=task, dtype=dtype, device=device)
-
-
-def _load_for(cache: Any, given: str | None, *, device: "torch.device") -> "LanguageModel":
-    """The model that a cache was made with, from the folder given or from the Hub."""
-    from .pipeline.source import find_model
-
-    made_with = cache.manifest.identity["model"]
-    if given is None and made_with["commit"] is None:
-        raise ConfigError(
-            f"{cache.path} was made with the local model {made_with['name']!r}; say where it is with --model FOLDER"
-        )
-    source = find_model(given or made_with["name"], revision=None if given else made_with["commit"])
-    source.require_identity(made_with)
-    return _load(source, task="classify", dtype=cache.manifest.identity["settings"]["dtype"], device=device)
+        put(f"  {program} {command}")
 
 
 def _plan_figures(plan: "Plan", out: Path) -> dict[str, Any]:
@@ -371,17 +314,17 @@ def _plan_figures(plan: "Plan", out: Path) -> dict[str, Any]:
 
 def _print_ablation(result: "AblateResult") -> None:
     runs = {line.run for line in result.lines if line.run}
-    names = "run,read-out,removal,removed,accuracy,flipped,probability lost,norm removed,own code − this"
+    columns = "run,read-out,removal,removed,accuracy,flipped,probability lost,norm removed,own code − this"
     title = "means over texts with 95 % bootstrap intervals"
-    table = Table(*names.split(",")[len(runs) < 2 :], title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = Table(*columns.split(",")[len(runs) < 2 :], title=title, box=SIMPLE_HEAD, title_justify="left")
     for line in result.lines:
         if line.removed in ("nothing", "own code"):
             table.add_section()
         table.add_row(*_cells(line)[len(runs) < 2 :])
-    _print(table, whole=True)
-    _print(f"{result.path} holds this table as JSON, and every text")
+    put(table, whole=True)
+    put(f"{result.path} holds this table as JSON, and every text")
     if result.trained_texts:
-        _print(f"{result.trained_texts:,} of these texts were trained on: the figures flatter the runs.")
+        put(f"{result.trained_texts:,} of these texts were trained on: the figures flatter the runs.")
 
 
 def _cells(line: "Line") -> list[str]:
@@ -404,189 +347,12 @@ def _cells(line: "Line") -> list[str]:
     ]
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _settings(model: Any, **values: Any) -> Any:
-    """A settings object; a wrong value becomes a `ConfigError` that names the option."""
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        option = {"read_outs": "read-out", "removals": "removal"}.get(name, name.replace("_", "-"))
-        given = first["input"] or "''"
-        raise ConfigError(f"--{option} {given}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-
-
-def _settings_file(path: Path | None) -> dict[str, str]:
-    """A JSON file of nested settings as `a.b` → JSON text."""
-    if path is None:
-        return {}
-    try:
-        plain = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path} is not a JSON object of settings")
-
-    def flat(value: dict[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
-        for key, inner in value.items():
-            if isinstance(inner, dict):
-                yield from flat(inner, f"{name}{key}.")
-            else:
-                yield f"{name}{key}", json.dumps(inner)
-
-    return dict(flat(plain))
-
-
-def _assignments(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise ConfigError(f"--set {setting}: write it as name=value, such as fit.epochs=20")
-    return dict(setting.split("=", 1) for setting in settings)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; try --device cpu")
-    return device
-
-
 def _quieten_libraries() -> None:
     """Their progress bars and reports would mix with ours; their warnings still come through `logging`."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-
-
-class _Terminal:
-    """Shows progress on stderr where that is a terminal, and turns SIGINT and SIGTERM into `Interrupted`."""
-
-    def __init__(self, bars: RichProgress) -> None:
-        self._bars = bars
-        self._task: Any = None
-        self._signal: int | None = None
-
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            os._exit(128 + number)
-        self._signal = number
-        _say("stopping as soon as everything finished is saved; once more to stop at once")
-
-    def begin(self, task: str, total: int | None, unit: str) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, visible=False)
-        self._task = self._bars.add_task(task, total=total, unit=unit, figures="")
-
-    def advance(self, amount: int = 1, **figures: float) -> None:
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-        self._bars.update(self._task, advance=amount)
-        if shown:
-            self._bars.update(self._task, figures=shown)
-        self.check()
-
-    def check(self) -> None:
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(
-                f"stopped by {name}; everything finished is saved: run the same command again to go on",
-                signal_number=self._signal,
-            )
-
-
-@contextmanager
-def _progress() -> Iterator[_Terminal]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        terminal = _Terminal(bars)
-        before = {number: signal.signal(number, terminal.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield terminal
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _show(figures: dict[str, Any], *, as_json: bool, title: str) -> None:
-    if as_json:
-        _print_json(figures)
-        return
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in figures.items():
-        for label, shown in _flat(name, value):
-            table.add_row(label.replace("_", " "), shown)
-    _print(table)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{name} {key}", inner)
-    elif isinstance(value, (list, tuple)):
-        yield name, "\n".join(map(str, value)) or "none"
-    elif isinstance(value, bool) or value is None:
-        yield name, {True: "yes", False: "no", None: "–"}[value]
-    elif isinstance(value, int) and name != "seed":
-        yield name, f"{value:,}"
-    elif isinstance(value, float):
-        yield name, f"{value:.4g}" if math.isfinite(value) else "–"
-    else:
-        yield name, str(value)
-
-
-def _print_json(value: Any) -> None:
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {str(key): plain(inner) for key, inner in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [plain(inner) for inner in part]
-        if isinstance(part, float) and not math.isfinite(part):
-            return None
-        return str(part) if isinstance(part, Path) else part
-
-    unicode = sys.stdout.encoding.lower().startswith("utf")
-    _print(json.dumps(plain(value), ensure_ascii=not unicode, indent=1))
-
-
-def _print(what: Any, *, whole: bool = False) -> None:
-    """To stdout. Text goes as it is; tables are wrapped, unless they must stay `whole`."""
-    if isinstance(what, str):
-        sys.stdout.write(what + "\n")
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-        if whole:
-            console.width = max(console.width, console.measure(what, options=console.options.update(width=999)).maximum)
-        console.print(what)
-
-
-def _say(message: str) -> None:
-    """One line to stderr."""
-    sys.stderr.write(" ".join(message.split()) + "\n")
 
 
 if __name__ == "__main__":

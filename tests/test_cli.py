@@ -242,6 +242,14 @@ MISTAKES = {
         ["extract", "{model}", "{data}", "--sites", "", "--out", "{tmp}/c"],
         r"error: no site is asked for; give --sites, such as --sites 8,12",
     ),
+    "an unknown encoding": (
+        ["cache", "recode", "{cache}", "--encoding", "fp8", "--out", "{tmp}/c"],
+        r"error: --encoding fp8: give bf16, fp16, fp32, int8",
+    ),
+    "the same encoding": (
+        ["cache", "recode", "{cache}", "--encoding", "bf16", "--out", "{tmp}/c"],
+        r"error: .*/cache is stored as bf16 already",
+    ),
     "an unknown read-out": (
         ["ablate", "{cache}", "{run}", "--model", "{model}", "--read-out", "tea", "--out", "{tmp}/a"],
         r"error: --read-out tea: input should be 'model' or 'probe'",
@@ -290,7 +298,7 @@ def test_no_free_disk_is_said_before_the_model_is_loaded(
 ):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 4096))
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load_model", None)
     ended = command(*_extract(world, tmp_path / "c"))
     assert ended.code == 1
     assert re.match(
@@ -316,7 +324,29 @@ def test_verify_names_a_flipped_bit_and_exits_with_1(world: World, command: Comm
     ended = command("cache", "verify", tmp_path / "c")
     assert ended.code == 1
     assert "activations.zarr/sites/hidden.1/c/0/0 has other bytes" in ended.out
-    assert ended.err.endswith("has 1 problems; get those files anew, or extract again\n")
+    assert ended.err.endswith("has 1 problem; `clvq cache repair` makes damaged files anew\n")
+    ended = command("cache", "repair", tmp_path / "c")
+    assert ended.code == 1
+    assert "give --model and --data to compute them again" in ended.err
+    ended = command("cache", "repair", tmp_path / "c", "--model", world.model, "--data", world.data)
+    assert ended.code == 0, ended.err
+    assert "activations.zarr/sites/hidden.1/c/0/0" in ended.out
+    assert file.read_bytes() == (world.cache / file.relative_to(tmp_path / "c")).read_bytes()
+    (tmp_path / "c" / "mine.txt").write_text("")
+    ended = command("cache", "repair", tmp_path / "c")
+    assert ended.code == 1
+    assert ended.err.endswith("/c still has 1 problem: what does not belong to the cache is not touched\n")
+
+
+def test_a_cache_is_recoded_and_trained_from(world: World, command: Command, tmp_path: Path):
+    ended = command("cache", "recode", world.cache, "--encoding", "int8", "--out", tmp_path / "c", "--json")
+    assert ended.code == 0, ended.err
+    made = json.loads(ended.out)
+    assert made["parent"] == clvq.Cache(world.cache).id
+    assert 0 < made["losses"]["hidden.3"]["relative_error"] < 0.02
+    assert command("cache", "verify", tmp_path / "c").code == 0
+    ended = command("train", tmp_path / "c", *TRAIN, "--out", tmp_path / "r", "--json")
+    assert ended.code == 0, ended.err
 
 
 def test_settings_come_from_a_file_and_from_the_command_line(world: World, command: Command, tmp_path: Path):

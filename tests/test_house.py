@@ -9,8 +9,10 @@ import clvq
 import pytest
 
 ROOT = Path(clvq.__file__).parent
-PARTS = ("cache", "pipeline", "trainer", "evaluation")
-FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part).glob("*.py"))])
+PARTS = ("cache", "cache.sharing", "pipeline", "trainer", "evaluation")
+FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part.replace(".", "/")).glob("*.py"))])
+# The command: it alone talks to a person, and may import everything.
+COMMAND = ("cli", "cli_cache", "options", "terminal")
 # Who may import whom; everyone may import errors and progress.
 ALLOWED = {
     "cache": {"cache"},
@@ -39,12 +41,23 @@ def _imports(file: Path) -> list[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_part_imports_only_what_it_may(file: Path):
     part = file.relative_to(ROOT).parts[0].removesuffix(".py")
-    if part == "cli":
+    if part in COMMAND:
         return
     for module in _imports(file):
         if module in ("errors", "progress"):
             continue
         assert any(module == name or module.startswith(f"{name}.") for name in ALLOWED[part]), module
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_command_prints(file: Path):
+    if file.relative_to(ROOT).parts[0].removesuffix(".py") in COMMAND:
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not any(name.split(".")[0] in ("rich", "typer") for name in names)
+        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -62,7 +75,7 @@ def test_importing_the_package_loads_no_model_library_and_prints_nothing():
 
 def test_the_public_names_are_these():
     assert {name for name in vars(clvq) if not name.startswith("_")} - set(PARTS) <= {
-        "Cache", "ClvqError", "cli", "demo", "errors", "progress",
+        "Cache", "ClvqError", "demo", "errors", "progress", *COMMAND,
     }  # fmt: skip
     assert {"Cache", "ClvqError", "__version__"} <= set(vars(clvq))
 

@@ -1,0 +1,106 @@
+"""Options that several commands share, and how their text becomes settings."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pipeline.language_model import LanguageModel
+    from .pipeline.source import ModelSource
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Delete what --out holds from other settings.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+
+
+def names(text: str) -> list[str]:
+    """The parts of a comma-separated option."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def settings_of(model: Any, **values: Any) -> Any:
+    """A settings object; a wrong value becomes a `ConfigError` that names the option."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        option = {"read_outs": "read-out", "removals": "removal"}.get(name, name.replace("_", "-"))
+        given = first["input"] or "''"
+        raise ConfigError(f"--{option} {given}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def settings_file(path: Path | None) -> dict[str, str]:
+    """A JSON file of nested settings as `a.b` → JSON text."""
+    if path is None:
+        return {}
+    try:
+        plain = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is not a JSON object of settings")
+
+    def flat(value: dict[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                yield from flat(inner, f"{name}{key}.")
+            else:
+                yield f"{name}{key}", json.dumps(inner)
+
+    return dict(flat(plain))
+
+
+def assignments(settings: list[str]) -> dict[str, str]:
+    """`--set` options by name."""
+    for setting in settings:
+        if "=" not in setting:
+            raise ConfigError(f"--set {setting}: write it as name=value, such as fit.epochs=20")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def device_of(name: str) -> "torch.device":
+    """The device that `--device` names."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; try --device cpu")
+    return device
+
+
+def model_of(made_with: dict[str, Any], given: str | None, *, what: str) -> "ModelSource":
+    """The model that a cache was made with, from the folder given or from the Hub, its weights compared."""
+    from .pipeline.source import find_model
+
+    if given is None and made_with["commit"] is None:
+        raise ConfigError(
+            f"{what} was made with the local model {made_with['name']!r}; say where it is with --model FOLDER"
+        )
+    source = find_model(given or made_with["name"], revision=None if given else made_with["commit"])
+    source.require_identity(made_with)
+    return source
+
+
+def load_model(source: "ModelSource", *, task: Any, dtype: Any, device: "torch.device") -> "LanguageModel":
+    """The model itself, on a device."""
+    from .pipeline.language_model import LanguageModel
+
+    return LanguageModel(source, task=task, dtype=dtype, device=device)
