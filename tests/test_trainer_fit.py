@@ -400,6 +400,7 @@ def test_the_description_says_nothing_of_when_or_where(whole: Path) -> None:
         "version",
         "clvq",
         "cache_id",
+        "vectors_id",
         "config",
         "d_lower",
         "d_upper",
