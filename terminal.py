@@ -77,15 +77,16 @@ def progress_bars() -> Iterator[_Terminal]:
 
 
 def show(figures: dict[str, Any], *, as_json: bool, title: str) -> None:
+    """Figures by name, as a table or as JSON."""
     if as_json:
         print_json(figures)
         return
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table = Table(title=printable(title), title_justify="left", show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in figures.items():
         for label, shown in _flat(name, value):
-            table.add_row(label.replace("_", " "), shown)
+            table.add_row(printable(label.replace("_", " ")), printable(shown))
     put(table)
 
 
@@ -106,6 +107,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def print_json(value: Any) -> None:
+    """One JSON object; numbers that JSON does not know become null."""
+
     def plain(part: Any) -> Any:
         if isinstance(part, dict):
             return {str(key): plain(inner) for key, inner in part.items()}
@@ -122,7 +125,7 @@ def print_json(value: Any) -> None:
 def put(what: Any, *, whole: bool = False) -> None:
     """To stdout. Text goes as it is; tables are wrapped, unless they must stay `whole`."""
     if isinstance(what, str):
-        sys.stdout.write(what + "\n")
+        sys.stdout.write(printable(what) + "\n")
     else:
         console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
         if whole:
@@ -132,4 +135,9 @@ def put(what: Any, *, whole: bool = False) -> None:
 
 def say(message: str) -> None:
     """One line to stderr."""
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.write(printable(" ".join(message.split())) + "\n")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may see it: a stranger's cache may hold signs that would steer it."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)

@@ -1,22 +1,25 @@
 """What a Parquet file will take in memory when it is read, found without decompressing any of it.
 
 A few kilobytes of zstd, one long string in a dictionary or a prefix to be repeated can stand for terabytes, and what
-the file's footer says of sizes is believed by nobody who decodes: only the header of each page counts. Pages have
-headers in Thrift's compact protocol, and so has the footer.
+the file's footer says of sizes is believed by nobody who decodes: only the header of each page counts. Headers and
+footer are in Thrift's compact protocol. Arrow is not asked, for it ends the process over some footers.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, TypeVar
 
 _FOOTER_BYTES = 1 << 20
 _SCHEMA_ELEMENTS = 1_000
+_DEEPEST = 30
 _MAGIC = b"PAR1"
 _DATA, _INDEX, _DICTIONARY, _DATA_V2 = range(4)
 _PLAIN, _RLE, _BY_DICTIONARY = 0, 3, (2, 8)
+_BYTE_ARRAY, _FIXED_LEN_BYTE_ARRAY = 6, 7
+# Of a column chunk: where it lies, its metadata and where its page indexes lie; not another file, nothing encrypted.
+_OF_CHUNK = {2, 3, 4, 5, 6, 7}
+
+_T = TypeVar("_T")
 
 
 def memory(data: bytes) -> int:
@@ -25,32 +28,39 @@ def memory(data: bytes) -> int:
     Raises
     ------
     ValueError
-        Where the file uses what `texts.parquet` does not.
-    pyarrow.ArrowException
-        Where it is not Parquet.
+        Where it is not Parquet, or uses what `texts.parquet` does not.
     """
-    _check_footer(data)
-    metadata = pq.read_metadata(pa.BufferReader(data))
-    if not (metadata.created_by or "").startswith("parquet-cpp-arrow ") or metadata.metadata:
+    footer = _footer(data)
+    # Another writer's files are read in ways of their own, and may say in their metadata which types to make.
+    if not _get(footer, 6, bytes).startswith(b"parquet-cpp-arrow ") or 5 in footer:
         raise ValueError("it was not written by clvq")
+    depths = _depths(_get(footer, 2, list))
     total = 0
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column, levels = metadata.row_group(group).column(number), metadata.schema.column(number)
-            if column.num_values == 0:
-                continue
-            if column.file_path:
-                raise ValueError("it refers to another file")
-            start = column.data_page_offset
-            if column.has_dictionary_page:
-                start = min(start, column.dictionary_page_offset or start)
-            pages = list(_pages(data, start, column.total_compressed_size))
-            strings = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
-            longest = sum(page.bytes for page in pages if page.kind == _DICTIONARY) if strings else 0
-            of_value = 8 * (1 + levels.max_definition_level + levels.max_repetition_level)
-            for page in pages:
-                total += page.bytes + page.values * (of_value + longest * (page.encoding in _BY_DICTIONARY))
+    for group in _get(footer, 4, list):
+        chunks = _get(group, 1, list)
+        if len(chunks) != len(depths):
+            raise ValueError("a row group has not all columns")
+        for chunk, depth in zip(chunks, depths, strict=True):
+            total += _column(data, chunk, depth)
     return total
+
+
+def _column(data: bytes, chunk: Any, depth: int) -> int:
+    column = _get(chunk, 3, dict)
+    if not chunk.keys() <= _OF_CHUNK:
+        raise ValueError("a column lies elsewhere or is encrypted")
+    if _get(column, 5, int) == 0:
+        return 0
+    start = _get(column, 9, int)
+    if 11 in column:
+        start = min(start, _get(column, 11, int) or start)
+    pages = list(_pages(data, start, _get(column, 7, int)))
+    longest = 0
+    if _get(column, 1, int) in (_BYTE_ARRAY, _FIXED_LEN_BYTE_ARRAY):
+        longest = sum(page.bytes for page in pages if page.kind == _DICTIONARY)
+    # A value in a list or struct has levels too, and each may have an offset and a bit that says whether it is there.
+    of_value = 8 * (1 + 2 * depth)
+    return sum(page.bytes + page.values * (of_value + longest * (page.encoding in _BY_DICTIONARY)) for page in pages)
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,15 @@ def _pages(data: bytes, start: int, size: int) -> Iterator[_Page]:
     while place < end:
         thrift = _Thrift(data, place)
         header = thrift.struct()
-        kind, unpacked, packed = (header.get(field, -1) for field in (1, 2, 3))
+        kind, unpacked, packed = (_get(header, field, int) for field in (1, 2, 3))
         place = thrift.place + packed
         if min(unpacked, packed) < 0 or place > end:
             raise ValueError("a page lies outside its column")
         own = {_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}.get(kind)
         if own is None:
             raise ValueError(f"a page is of the kind {kind}")
-        inner = header.get(own, {})
-        values, encoding = inner.get(1, -1), inner.get(4 if kind == _DATA_V2 else 2, -1)
+        inner = _get(header, own, dict)
+        values, encoding = (_get(inner, field, int) for field in (1, 4 if kind == _DATA_V2 else 2))
         if values < 0 or encoding not in (_PLAIN, _RLE, *_BY_DICTIONARY):
             raise ValueError(f"a page has {values} values in the encoding {encoding}")
         if kind == _DICTIONARY:
@@ -84,20 +94,48 @@ def _pages(data: bytes, start: int, size: int) -> Iterator[_Page]:
         yield _Page(kind, unpacked, values, encoding)
 
 
-def _check_footer(data: bytes) -> None:
-    """A schema nested a thousand times deep would take the stack of whoever reads it."""
+def _footer(data: bytes) -> dict[int, Any]:
     if len(data) < 12 or data[:4] != _MAGIC or data[-4:] != _MAGIC:
         raise ValueError("it is not Parquet")
     size = int.from_bytes(data[-8:-4], "little")
     if size > min(_FOOTER_BYTES, len(data) - 12):
         raise ValueError(f"its footer has {size} bytes")
-    elements = _Thrift(data, len(data) - 8 - size).struct().get(2)
-    if not isinstance(elements, list) or len(elements) > _SCHEMA_ELEMENTS:
+    return _Thrift(data, len(data) - 8 - size).struct()
+
+
+def _depths(schema: list[Any]) -> list[int]:
+    """How deep each column lies; a schema nested a thousand times deep would take the stack of whoever reads it."""
+    if len(schema) > _SCHEMA_ELEMENTS:
         raise ValueError("it has too many columns")
+    depths, open_ = list[int](), [1]
+    for element in schema:
+        while open_ and open_[-1] == 0:
+            open_.pop()
+        if not open_:
+            raise ValueError("its schema does not end where it should")
+        open_[-1] -= 1
+        children = _get(element, 5, int) if 5 in element else 0
+        if children == 0:
+            depths.append(len(open_) - 1)
+        elif children < 0 or len(open_) > _DEEPEST:
+            raise ValueError("its columns are nested too deeply")
+        else:
+            open_.append(children)
+    if any(open_):
+        raise ValueError("its schema does not end where it should")
+    return depths
+
+
+def _get(fields: Any, field: int, kind: type[_T]) -> _T:
+    """A field of a struct, which must be there."""
+    value = fields.get(field) if isinstance(fields, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"it lacks a field, {field}")
+    return value
 
 
 class _Thrift:
-    """Reads Thrift's compact protocol: numbers, lists and structs; the contents of strings are passed over."""
+    """Reads Thrift's compact protocol."""
 
     _DEEPEST = 16
 
@@ -146,7 +184,7 @@ class _Thrift:
         if kind in (7, 8):
             size = 8 if kind == 7 else self._unsigned()
             self.place += size
-            return None
+            return self._data[self.place - size : self.place]
         if kind in (9, 10):
             head = self._byte()
             count = head >> 4 if head >> 4 < 15 else self._unsigned()

@@ -14,7 +14,7 @@ from ..errors import CacheCorrupt, ConfigError
 from .chosen import ChosenRows
 from .chosen import Special as Special
 from .encoding import ArrayLayout, array_layouts
-from .layout import LOGITS, ROW_COLUMNS, TEXTS, read_manifest
+from .layout import LOGITS, ROW_COLUMNS, TEXTS, FileEntry, read_manifest
 from .selection import read_selection
 from .shards import ShardFiles
 from .texts_file import read_texts_table
@@ -78,7 +78,17 @@ class Cache:
                 raise CacheCorrupt(f"{file} is a symbolic link, and a cache holds none: get a whole copy of it")
         if not file.is_file():
             raise CacheCorrupt(f"{file} is missing; run `clvq cache verify` and get a whole copy of it")
+        # Chunks carry checksums of themselves, but not of which shard they are: this sees most swaps.
+        entry, size = self._entries.get(name), file.stat().st_size
+        if entry is not None and size != entry.bytes:
+            raise CacheCorrupt(
+                f"{file} has {size:,} bytes instead of {entry.bytes:,}; `clvq cache verify` names what is whole"
+            )
         return file
+
+    @cached_property
+    def _entries(self) -> dict[str, FileEntry]:
+        return self.manifest.entries
 
     def site(self, name: str) -> str:
         """The full name of a site given as `8` or `hidden.8`.

@@ -15,8 +15,8 @@ from .chosen import ChosenRows, Special
 from .pools import POOL_BYTES, THREADS, Pool, Pools, check_rank
 from .reader import Cache
 
-# An epoch's first pool is so small, and the next ones grow so slowly, that batches come soon and are not waited for.
-_FIRST_POOL, _GROWTH = 1 / 16, 1.5
+# An epoch's first pools are so small, and grow so slowly, that batches come soon and are not waited for later.
+_FIRST_POOLS = tuple(1.5**number / 16 for number in range(7))
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class RowStream:
         counts = self.per_chunk[chunks].tolist()
         number = first = begin = rows = 0
         for end, count in enumerate([*counts, 0]):
-            limit = rows + count if self._fits else self._pool_rows * min(1.0, _FIRST_POOL * _GROWTH**number)
-            if end == len(counts) or (rows >= self.batch_rows and rows + count > limit):
+            full = rows + count > self._pool_rows * (_FIRST_POOLS[number] if number < len(_FIRST_POOLS) else 1)
+            if end == len(counts) or (full and rows >= self.batch_rows and not self._fits):
                 seed = (self.seed, epoch, number + 1)
                 yield _Plan(self, np.sort(chunks[begin:end]), seed, first, rows, start)
                 number, first, begin, rows = number + 1, first + rows, end, 0

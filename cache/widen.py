@@ -33,11 +33,11 @@ class Widening:
         """Write the values of the rows, which have one scale each where they are int8, into `out`."""
         if self._encoding == "bf16":
             np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
-        elif row_scale is None or self._channel_scale is None:
-            np.copyto(out, stored)
-        else:
-            # (stored × row scale) × channel scale, in that order: float32 products depend on it.
-            np.multiply(stored, row_scale[:, None], out=out, dtype=np.float32)
+            return
+        np.copyto(out, stored)
+        if row_scale is not None and self._channel_scale is not None:
+            # In this order: float32 products depend on it.
+            out *= row_scale[:, None]
             out *= self._channel_scale
 
     def gather(

@@ -124,3 +124,15 @@ def test_large_chunks_have_the_same_bytes_however_many_threads_compress() -> Non
     assert several == {alone[0]} == {written(values, layout)}
     nbytes, block = np.frombuffer(alone[0][4:12], dtype="<u4")
     assert block == nbytes == layout.chunk_bytes
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp16", "fp32"])
+def test_rounding_does_not_depend_on_how_values_lie_in_memory(encoding: Encoding) -> None:
+    values = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32)
+    plain = to_bits(values, encoding, site="s")
+    spread = np.zeros((400, 36), dtype=np.float32)
+    spread[::2, ::3] = values
+    for other in (np.asfortranarray(values), spread[::2, ::3]):
+        assert np.array_equal(to_bits(other, encoding, site="s"), plain)
+    for start in range(0, 200, 7):
+        assert np.array_equal(to_bits(values[start : start + 7], encoding, site="s"), plain[start : start + 7])

@@ -439,3 +439,16 @@ def test_the_reader_on_the_format_page_reads_what_this_one_reads(cache: Cache, m
     assert np.array_equal(seen["vectors"], cache.vectors("hidden.1", made.places))
     for file in [*cache.manifest.model_fields_set, *ROW_COLUMNS]:
         assert f"`{file}`" in page
+
+
+def test_a_shard_in_the_place_of_another_is_not_read(tmp_path: Path) -> None:
+    made = known()
+    made.write(tmp_path / "cache")
+    folder = tmp_path / "cache/activations.zarr/sites/hidden.1/c"
+    first, second = folder / "0/0", folder / "1/0"
+    assert first.stat().st_size != second.stat().st_size
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(
+        CacheCorrupt, match=r"sites/hidden\.1/c/0/0 has [\d,]+ bytes instead of [\d,]+; `clvq cache verify`"
+    ):
+        Cache(tmp_path / "cache").vectors("hidden.1", np.arange(3))

@@ -93,7 +93,7 @@ def test_killed_again_and_again_the_cache_comes_out_the_same(
     writers: list[Writers], whole: tuple[dict[str, bytes], float], tmp_path: Path, soak: bool, tell: Tell
 ) -> None:
     files, takes = whole
-    draw, kills, finished, wanted = random.Random(0), 0, 0, 400 if soak else 15
+    draw, kills, finished, wanted = random.Random(0), 0, 0, 400 if soak else 8
     while kills < wanted:
         folder = tmp_path / f"cache-{finished}"
         ended = ""
@@ -116,7 +116,7 @@ def test_three_writers_at_once_leave_one_whole_cache(
     writers: list[Writers], whole: tuple[dict[str, bytes], float], tmp_path: Path, soak: bool, tell: Tell
 ) -> None:
     files, takes = whole
-    draw, outcomes, rounds = random.Random(1), Counter[str](), 100 if soak else 4
+    draw, outcomes, rounds = random.Random(1), Counter[str](), 100 if soak else 3
     for number in range(rounds):
         folder = tmp_path / f"cache-{number}"
         processes = [writer.begin(folder) for writer in writers]
@@ -147,7 +147,7 @@ def test_a_disk_that_is_really_full_keeps_finished_shards_and_ends_whole_with_mo
         subprocess.run([*mount, "mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this system lets no user mount a disk in a namespace of their own")
-    rounds = 300 if soak else 12
+    rounds = 300 if soak else 8
     ended = subprocess.run(
         [*mount, sys.executable, SCRIPT, "fill", tmp_path, str(rounds)], capture_output=True, text=True, check=False
     )
@@ -218,7 +218,7 @@ def test_no_flipped_bit_passes_for_data(damaged: Path, soak: bool, tell: Tell) -
         "4 sites, 2 scales, 8 columns, logits; metadata, records, card, texts, manifest"
     )
     draw, flips, refused = random.Random(2), 0, Counter[str]()
-    for _ in range(50 if soak else 2):
+    for _ in range(50 if soak else 1):
         for names in kinds.values():
             name = draw.choice(names)
             bit = draw.randrange(8 * len(files[name]))

@@ -349,6 +349,20 @@ def test_a_cache_is_recoded_and_trained_from(world: World, command: Command, tmp
     assert ended.code == 0, ended.err
 
 
+def test_signs_that_would_steer_a_terminal_are_shown_and_not_sent(world: World, command: Command, tmp_path: Path):
+    from clvq.cache.layout import Manifest, sealed_json
+
+    shutil.copytree(world.cache, tmp_path / "c")
+    file = tmp_path / "c" / "manifest.json"
+    manifest = Manifest.model_validate_json(file.read_bytes())
+    identity = {**manifest.identity, "note": "\x1b]0;owned\x07\x9b2J"}
+    file.write_bytes(sealed_json(manifest.model_copy(update={"identity": identity})))
+    ended = command("cache", "info", tmp_path / "c")
+    assert ended.code == 0
+    assert "\\x1b]0;owned\\x07\\x9b2J" in ended.out
+    assert not set(ended.out) & set("\x1b\x07\x9b")
+
+
 def test_settings_come_from_a_file_and_from_the_command_line(world: World, command: Command, tmp_path: Path):
     (tmp_path / "s.json").write_text(json.dumps({"fit": {"epochs": 1, "warmup_epochs": 1}, "decoder": {"heads": 4}}))
     words = ["train", world.cache, "--lower", 1, "--upper", 3, "--codes", 8, "--config", tmp_path / "s.json"]

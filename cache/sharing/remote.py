@@ -79,7 +79,6 @@ class RemoteCache(Cache):
         super().__init__(folder)
         self._store = store
         self._spool = spool
-        self._entries = self.manifest.entries
         # Weak, as in `Cache`.
         me = weakref.proxy(self)
         self.files = _FetchedFiles(lambda name: me.local(name))
