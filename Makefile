@@ -25,7 +25,11 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/encodings.py
+	$(BIN)/python benchmarks/writing.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/waiting.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
