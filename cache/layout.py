@@ -397,6 +397,8 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     if not is_sealed(data):
         raise CacheCorrupt(
             f"{file} is damaged: its bytes do not have the checksum that it holds; get a whole copy of it"
+            if "checksum" in plain
+            else f"{file} holds no checksum of itself: it was made before caches had one, or is damaged; extract again"
         )
     try:
         return Manifest.model_validate(plain)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from ..errors import CacheCorrupt, ConfigError
 from .chosen import ChosenRows
 from .chosen import Special as Special
-from .encoding import ArrayLayout, array_layouts
+from .encoding import array_layouts
 from .layout import LOGITS, ROW_COLUMNS, TEXTS, FileEntry, read_manifest
 from .selection import read_selection
 from .shards import ShardFiles
@@ -317,10 +317,3 @@ class Cache:
         there = ~np.isin(texts // self.manifest.geometry.shard_texts, list(self.absent_shards))
         logits[there] = self.files.read(LOGITS, self.layouts[LOGITS], texts[there])
         return logits
-
-    @staticmethod
-    def read_array(
-        path: Path, name: str, layout: ArrayLayout, places: Int64[np.ndarray, " place"]
-    ) -> Shaped[np.ndarray, "place *rest"]:
-        """Places of an array of the cache at `path`, finished or not, in the order given."""
-        return ShardFiles(lambda file: path / file).read(name, layout, places)

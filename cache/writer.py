@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Int64, Shaped
 from pydantic import JsonValue
 
 from ..errors import CacheCorrupt, CacheIncomplete, ConfigError, DataError, ResumeMismatch
@@ -60,8 +60,8 @@ from .layout import (
     sealed_json,
     to_json,
 )
-from .reader import Cache
 from .shard_file import HashingSink, SiteFile, read_record, write_durably
+from .shards import ShardFiles
 from .statistics import EncodingLoss, SiteStatistics
 from .texts_file import texts_parquet
 from .unfinished import Transfer, unfinished
@@ -290,7 +290,10 @@ class CacheWriter:
         for site in sites:
             name = f"channel_scale/{site}"
             width = np.arange(self.layouts[name].shape[0])
-            self._scales[site] = Cache.read_array(self.path, name, self.layouts[name], width)
+            self._scales[site] = self._read(name, width)
+
+    def _read(self, array: str, places: Int64[np.ndarray, " place"]) -> Shaped[np.ndarray, "place *rest"]:
+        return ShardFiles(lambda name: self.path / name).read(array, self.layouts[array], places)
 
     def _scale_file(self, site: str) -> Path:
         return self.path / array_file(f"channel_scale/{site}", 0, 1)
@@ -493,7 +496,7 @@ class CacheWriter:
         where = texts.schema.get_field_index("label") + 1
         predicted = pa.nulls(len(texts), pa.int32())
         if LOGITS in self.layouts:
-            logits = Cache.read_array(self.path, LOGITS, self.layouts[LOGITS], np.asarray(texts["text_id"]))
+            logits = self._read(LOGITS, np.asarray(texts["text_id"]))
             known = np.isfinite(logits).all(axis=1)
             best = np.where(known, np.nan_to_num(logits).argmax(axis=1), -1)
             predicted = pa.array(best, pa.int32(), mask=~known)
