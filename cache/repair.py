@@ -1,7 +1,7 @@
 """Making damaged files of a cache anew, byte for byte, or under a new id where that cannot be.
 
 Small files follow from the manifest. A shard is computed again, which gives the same bytes on the same hardware with
-the same libraries; where it gives others, the old id cannot stand for them.
+the same libraries and number of threads; where it gives others, the old id cannot stand for them.
 """
 
 import hashlib
@@ -166,7 +166,7 @@ class _Mending:
             self._writer.fix_scales(lambda: self._remake.scales(progress))
             progress.begin("repair", len(shards), "shards")
         for number in shards:
-            changed |= self._shard(number, progress)
+            changed |= self._shard(number, damaged, progress)
             progress.advance()
         if TEXTS in damaged:
             changed |= self._put(TEXTS, self._writer.texts_file(self._remake.texts()))
@@ -174,8 +174,8 @@ class _Mending:
             raise RepairMismatch(
                 f"{self._path / self._refused[0]} comes out with other bytes than it had"
                 f"{f', and so do {len(self._refused) - 1} more files' if len(self._refused) > 1 else ''} (other "
-                "hardware, or other versions of torch, transformers, pyarrow or clvq): get a whole copy, or accept a "
-                "cache with a new id with --accept-new-bytes"
+                "hardware, another number of threads, or other versions of torch, transformers, pyarrow or clvq): "
+                "get a whole copy, or accept a cache with a new id with --accept-new-bytes"
             )
         return changed
 
@@ -200,17 +200,21 @@ class _Mending:
                     "depends on it: get a whole copy of it, or extract into another --out"
                 )
 
-    def _shard(self, number: int, progress: Progress) -> bool:
-        before = self._manifest.shards[number].files
+    def _shard(self, number: int, damaged: set[str], progress: Progress) -> bool:
+        before, name = self._manifest.shards[number].files, record_file(number)
         with self._writer.encoded(self._remake.shard(number, progress)) as record:
-            data, name = sealed_json(record), record_file(number)
-            other = [file for file in before if record.files[file] != before[file]]
-            other += [] if self._matches(name, data) else [name]
+            # Only what is damaged has to come out as it was: the rest is there, though it may come out otherwise.
+            other = [file for file in before if file in damaged and record.files[file] != before[file]]
+            data = sealed_json(record.model_copy(update={"files": before}))
+            other += [name] if name in damaged and not self._matches(name, data) else []
             if other and not self._accept:
                 self._refused.append(other[0])
                 return False
-            self._writer.place(record)
-            write_file(self._path / name, data)
+            if other:
+                data = sealed_json(record)
+            self._writer.place(before if other else damaged & before.keys())
+            if other or name in damaged:
+                write_file(self._path / name, data)
         return bool(other)
 
     def _put(self, name: str, data: bytes) -> bool:

@@ -7,7 +7,7 @@ shard without a record does not exist. The manifest is written when all shards h
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -312,7 +312,7 @@ class CacheWriter:
         """
         with self.encoded(shard) as record:
             if not self._is_recorded(record):
-                self.place(record)
+                self.place(record.files)
                 self._create_record(record)
         self.done.add(shard.number)
 
@@ -348,9 +348,9 @@ class CacheWriter:
                 losses=losses,
             )
 
-    def place(self, record: ShardRecord) -> None:
-        """Move the files of a shard from `staging/` to where they belong."""
-        for file in record.files:
+    def place(self, files: Iterable[str]) -> None:
+        """Move files of a shard from `staging/` to where they belong."""
+        for file in files:
             os.replace(self._staged(file), self.path / file)
             fsync_folder((self.path / file).parent)
 

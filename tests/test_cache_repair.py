@@ -158,24 +158,37 @@ def test_foreign_files_are_reported_and_never_touched(path: Path, made: Known) -
 
 
 def test_a_shard_that_comes_out_otherwise_is_refused_and_everything_else_mended(path: Path, made: Known) -> None:
-    file = path / "activations.zarr/sites/hidden.2/c/1/0"
+    file = path / "activations.zarr/sites/hidden.1/c/1/0"
     flip(file)
     flip(path / "README.md")
     damaged = file.read_bytes()
     with pytest.raises(RepairMismatch) as caught:
         repair(path, Again(made, louder))
     assert str(caught.value) == (
-        f"{path}/activations.zarr/sites/hidden.1/c/1/0 comes out with other bytes than it had (other hardware, or "
-        "other versions of torch, transformers, pyarrow or clvq): get a whole copy, or accept a cache with a new id "
-        "with --accept-new-bytes"
+        f"{path}/activations.zarr/sites/hidden.1/c/1/0 comes out with other bytes than it had (other hardware, another "
+        "number of threads, or other versions of torch, transformers, pyarrow or clvq): get a whole copy, or accept a "
+        "cache with a new id with --accept-new-bytes"
     )
     assert file.read_bytes() == damaged
     assert [problem.file for problem in verify(path).problems] == [file.relative_to(path).as_posix()]
 
 
+def test_only_what_was_damaged_has_to_come_out_as_it_was(path: Path, whole: Path, made: Known) -> None:
+    flip(path / "activations.zarr/sites/hidden.2/c/1/0")
+    result = repair(path, Again(made, louder))
+    assert (result.parent, result.problems) == (None, [])
+    assert contents(path) == contents(whole)
+
+
+def test_a_record_is_not_vouched_for_by_other_values(path: Path, made: Known) -> None:
+    flip(path / "records/000001.json")
+    with pytest.raises(RepairMismatch, match=r"records/000001\.json comes out with other bytes"):
+        repair(path, Again(made, louder))
+
+
 def test_accepted_new_bytes_make_a_new_cache_that_names_the_old_one(path: Path, made: Known) -> None:
     old, old_id = read_manifest(path)
-    flip(path / "activations.zarr/sites/hidden.2/c/1/0")
+    flip(path / "activations.zarr/sites/hidden.1/c/1/0")
     result = repair(path, Again(made, louder), accept_new_bytes=True)
     new, new_id = read_manifest(path)
     assert (result.cache_id, result.parent) == (new_id, old_id)
@@ -196,7 +209,7 @@ def test_accepted_new_bytes_make_a_new_cache_that_names_the_old_one(path: Path, 
 def test_a_killed_acceptance_is_finished_by_repairing_again(
     path: Path, made: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flip(path / "activations.zarr/sites/hidden.2/c/1/0")
+    flip(path / "activations.zarr/sites/hidden.1/c/1/0")
     whole_again = Path(shutil.copytree(path, path.parent / "undisturbed"))
     repair(whole_again, Again(made, louder), accept_new_bytes=True)
 

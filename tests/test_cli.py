@@ -83,7 +83,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         _extract(world, world.cache),
         ["train", world.cache, *TRAIN, "--out", world.run],
     ):
-        subprocess.run(_clvq(*words), check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        subprocess.run(
+            _clvq(*words),
+            check=True,
+            capture_output=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
     return world
 
 
