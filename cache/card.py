@@ -38,9 +38,9 @@ def card(manifest: "Manifest") -> bytes:
         f"| {_plain(name.replace('_', ' '))} | {value:,} |" for name, value in sorted(manifest.counts.items())
     )
     classes = f"Classes: {_plain(', '.join(manifest.class_names))}.\n\n" if manifest.class_names else ""
-    recoded = " The originals are the values of the cache that this one was recoded from." * (
-        "recoded" in manifest.identity
-    )
+    recoded = ""
+    if "recoded" in manifest.identity:
+        recoded = " The originals are the values of the cache that this one was recoded from."
     made_from = f"\nMade from the cache `{manifest.parent}`.\n" if manifest.parent else ""
     first, width = ordered[0][0], ordered[0][1].width
     text = f"""---

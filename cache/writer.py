@@ -116,11 +116,6 @@ class Extraction:
             "parent": self.parent,
         }
 
-    @property
-    def needs_scales(self) -> bool:
-        """Whether a site is stored as int8, so that `CacheWriter.fix_scales` comes before the first shard."""
-        return any(site.encoding == "int8" for site in self.sites.values())
-
 
 class CacheWriter:
     """Writes the shards of one extraction, in any order, and finishes the cache.
