@@ -34,6 +34,27 @@ def test_a_model_tells_its_depth_width_and_window(family: str, tiny_model: TinyM
     assert source.name == tiny_model(family).name
 
 
+def test_an_encoder_decoder_tells_what_its_encoder_has(tiny_model: TinyModel) -> None:
+    source = find_model(str(tiny_model("bart")))
+    assert (source.depth, source.width, source.window) == (DEPTH, WIDTH, WINDOW)
+    # T5 has relative positions: only its tokenizer knows a limit.
+    source = find_model(str(tiny_model("t5")))
+    assert (source.depth, source.width, source.window) == (DEPTH, WIDTH, WINDOW)
+    assert not hasattr(source.config, "max_position_embeddings")
+
+
+def test_an_encoder_decoder_of_two_configurations_is_known_by_its_encoders() -> None:
+    from transformers import AutoConfig
+
+    encoder, decoder = (
+        {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": 2, "head_dim": 8}
+        for width, depth in ((16, 5), (16, 2))
+    )
+    config = AutoConfig.for_model("t5gemma", encoder=encoder, decoder=decoder)
+    source = ModelSource("m", None, Path(), config, make_tokenizer("bytes"))
+    assert (source.depth, source.width) == (5, 16)
+
+
 def test_a_tokenizer_with_a_smaller_limit_sets_the_window(copy: Path) -> None:
     change(copy / "tokenizer_config.json", model_max_length=17)
     assert find_model(str(copy)).window == 17
@@ -53,10 +74,17 @@ def test_a_model_without_any_limit_asks_for_one() -> None:
         (["hidden.2", "0"], ["hidden.2", "hidden.0"]),
         (["02"], ["hidden.2"]),
         (["hidden.02"], ["hidden.2"]),
+        (["0", "mlp_in.0", "mlp_out.02", "attn_out.2"], ["hidden.0", "mlp_in.0", "mlp_out.2", "attn_out.2"]),
     ],
 )
 def test_sites_are_called_by_number_or_name(given: list[str], full: list[str], tiny_model: TinyModel) -> None:
     assert find_model(str(tiny_model("bert"))).sites(given) == full
+
+
+SITES = (
+    "sites are hidden.0 … hidden.3, or just numbers, and "
+    "mlp_in.0 … mlp_in.2, mlp_out.0 … mlp_out.2, attn_out.0 … attn_out.2"
+)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +96,21 @@ def test_sites_are_called_by_number_or_name(given: list[str], full: list[str], t
             "site hidden.4 is beyond the last layer: NAME has 3 blocks, so its sites are "
             "hidden.0 (embeddings) … hidden.3",
         ),
-        (["-1"], "'-1' is not a site; sites are hidden.0 … hidden.3, or just numbers"),
-        (["²"], "'²' is not a site; sites are hidden.0 … hidden.3, or just numbers"),
-        (["mlp.1"], "'mlp.1' is not a site; sites are hidden.0 … hidden.3, or just numbers"),
-        (["hidden."], "'hidden.' is not a site; sites are hidden.0 … hidden.3, or just numbers"),
-        ([""], "'' is not a site; sites are hidden.0 … hidden.3, or just numbers"),
+        (["-1"], f"'-1' is not a site; {SITES}"),
+        (["²"], f"'²' is not a site; {SITES}"),
+        (["mlp.1"], f"'mlp.1' is not a site; {SITES}"),
+        (["hidden."], f"'hidden.' is not a site; {SITES}"),
+        ([""], f"'' is not a site; {SITES}"),
         (["1", "2", "hidden.1"], "site hidden.1 is asked for twice"),
         (["1", "01"], "site hidden.1 is asked for twice"),
+        (["mlp_in.1", "1", "mlp_in.01"], "site mlp_in.1 is asked for twice"),
+        (["mlp_in"], f"'mlp_in' is not a site; {SITES}"),
+        (["x.mlp_in.1"], f"'x.mlp_in.1' is not a site; {SITES}"),
+        (
+            ["attn_out.3"],
+            "site attn_out.3 is beyond the last block: NAME has 3 blocks, so its sites of that kind are "
+            "attn_out.0 … attn_out.2",
+        ),
     ],
 )
 def test_a_site_that_is_none_is_refused(given: list[str], message: str, tiny_model: TinyModel) -> None:
@@ -105,8 +141,14 @@ def _own_code(folder: Path) -> None:
     (folder / "mine.py").write_text("raise SystemExit('this code ran')")
 
 
-def _encoder_decoder(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "t5", "d_model": 32, "num_layers": 2}')
+def _several_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for name in ("model.Q4_1.gguf", "model.Q8_0.gguf"):
+        (folder / name).touch()
+
+
+def _bad_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
 
 
 def _no_tokenizer(folder: Path) -> None:
@@ -134,7 +176,12 @@ MISTAKES: list[tuple[Callable[[Path], None], type[ClvqError], str]] = [
         "MODEL cannot be read by transformers: The checkpoint you are trying to load has model",
     ),
     (_own_code, ModelError, "MODEL cannot be read by transformers: The repository MODEL contains custom code"),
-    (_encoder_decoder, ModelError, "MODEL is an encoder-decoder (t5); encoders and decoders can be extracted"),
+    (
+        _several_gguf,
+        ModelError,
+        "MODEL holds several GGUF files (model.Q4_1.gguf, model.Q8_0.gguf): name one of them",
+    ),
+    (_bad_gguf, ModelError, "MODEL cannot be read by transformers: "),
     (_no_tokenizer, ModelError, "MODEL has no tokenizer; put its tokenizer.json beside its weights"),
     (_bad_tokenizer, ModelError, "MODEL cannot be read by transformers: "),
     (
