@@ -15,10 +15,11 @@ import torch
 from clvq.cache.layout import Encoding
 from clvq.cache.recode import recode
 from clvq.demo import _make_texts, _packaged
+from clvq.pipeline.config import ExtractConfig
 from clvq.pipeline.data import read_texts
 from clvq.pipeline.extract import extract
 from clvq.pipeline.language_model import LanguageModel
-from clvq.pipeline.plan import ExtractConfig, make_plan
+from clvq.pipeline.plan import make_plan
 from clvq.pipeline.source import find_model
 from common import header
 from tiled import tiled

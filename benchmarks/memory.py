@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 from clvq import Cache
 from clvq.cache import placement as placing
+from clvq.cache.extraction import Extraction, Shard
 from clvq.cache.layout import ROW_COLUMNS, SiteLayout
 from clvq.cache.row_stream import RowStream
 from clvq.cache.stream import TextStream
-from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.cache.writer import CacheWriter
 from common import header
 
 WIDTH, TEXT_ROWS = 128, 250

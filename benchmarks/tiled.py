@@ -7,14 +7,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from clvq.cache.encoding import channel_scale
+from clvq.cache.extraction import Extraction, Shard
 from clvq.cache.layout import ROW_COLUMNS, Encoding, SiteLayout
 from clvq.cache.placement import place
-from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.cache.writer import CacheWriter
 from clvq.demo import _make_texts, _packaged
+from clvq.pipeline.config import ExtractConfig
 from clvq.pipeline.data import read_texts
 from clvq.pipeline.extract import extract
 from clvq.pipeline.language_model import LanguageModel
-from clvq.pipeline.plan import ExtractConfig, make_plan
+from clvq.pipeline.plan import make_plan
 from clvq.pipeline.source import find_model
 
 SITES = ("hidden.4", "hidden.6")

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import zarr
 from clvq.cache.encoding import array_layouts, pack, to_bits, write_chunks
+from clvq.cache.extraction import Extraction, Shard
 from clvq.cache.layout import ROW_COLUMNS, SiteLayout
 from clvq.cache.placement import place
-from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.cache.writer import CacheWriter
 from common import alternated, header, report
 from tiled import SITES, hidden_states
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,8 @@ def write_file(path: Path, data: bytes) -> None:
     DiskFull
         Where the disk has no room; `path` is as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    # Not named by the process alone: several machines may write the same file at once.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.aside")
     with disk_full_names(path):
         try:
             with open(aside, "wb") as file:
@@ -74,32 +76,61 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Hold:
+    """A folder held against other writers, alone or together with others; released even by `kill -9`."""
+
+    def __init__(self, folder: Path, *, shared: bool) -> None:
+        # The folder itself is locked: a lock file would be one more file in what people share.
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        if not self._lock(shared=shared):
+            self.release()
+            raise FolderInUse(
+                f"{folder} is being written by another process; wait until it ends, or give another --out"
+            )
+
+    def _lock(self, *, shared: bool) -> bool:
+        # POSIX only; imported here so that caches can be read elsewhere too.
+        import fcntl
+
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def become_only(self) -> bool:
+        """Hold the folder alone from now on; where others still hold it, not at all.
+
+        Of several that ask one after the other, the last one gets it.
+        """
+        return self._lock(shared=False)
+
+    def release(self) -> None:
+        """Let go."""
+        os.close(self._descriptor)
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` (created where missing) against other writers of this machine; released even by `kill -9`.
+def only_writer(folder: Path, *, shared: bool = False) -> Iterator[Hold]:
+    """Hold `folder` (created where missing) against other writers of this machine.
+
+    Parameters
+    ----------
+    shared
+        Together with others that hold it so.
 
     Raises
     ------
     FolderInUse
         Where another process holds it.
     """
-    # POSIX only; imported here so that caches can be read elsewhere too.
-    import fcntl
-
     with disk_full_names(folder):
         make_folder(folder)
-    # The folder itself is locked: a lock file would be one more file in what people share.
-    descriptor = os.open(folder, os.O_RDONLY)
+    hold = Hold(folder, shared=shared)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderInUse(
-                f"{folder} is being written by another process; wait until it ends, or give another --out"
-            ) from error
-        yield
+        yield hold
     finally:
-        os.close(descriptor)
+        hold.release()
 
 
 def free_bytes(path: Path) -> int:

@@ -11,12 +11,13 @@ import pyarrow as pa
 from ..errors import ConfigError, DiskFull
 from ..progress import SILENT, Progress
 from .encoding import SCALE_ROWS, STORED_AS, array_layouts, channel_scale, scale_texts
+from .extraction import Extraction, Shard
 from .files import free_bytes
 from .layout import MANIFEST, UNFINISHED, Encoding, SiteLayout
 from .placement import Placement, place
 from .reader import Cache
 from .statistics import EncodingLoss
-from .writer import CacheWriter, Extraction, Shard
+from .writer import CacheWriter
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ def _shard(
     rows = np.concatenate([starts[text] + np.arange(counts[text]) for text in texts])
     columns = {name: cache.column(name)[rows] for name in cache.manifest.columns}
     columns["text"] = np.repeat(placement.text_id[texts], counts[texts]).astype(np.int32)
-    logits = cache.logits()[texts] if cache.manifest.predictions else None
     return Shard(
         number=number,
         sites={site: cache.vectors(site, rows) for site in cache.manifest.sites},
         rows=columns,
         texts=len(texts),
-        logits=logits,
+        logits=cache.logits()[texts] if cache.manifest.predictions else None,
+        convergence=cache.convergence_delta()[texts] if cache.manifest.saliency else None,
     )
 
 

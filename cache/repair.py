@@ -18,13 +18,14 @@ from ..errors import CacheCorrupt, ConfigError, RepairMismatch
 from ..progress import SILENT, Progress
 from .card import card
 from .encoding import metadata
+from .extraction import Extraction, Shard
 from .files import make_folder, write_file
 from .layout import CARD, MANIFEST, TEXTS, Manifest, array_file, in_shards, read_manifest, record_file, sealed_json
 from .selection import read_selection
 from .sharing.pull import pull
 from .sharing.remote import manifest_of
 from .verify import Problem, verify
-from .writer import CacheWriter, Extraction, Shard
+from .writer import CacheWriter
 
 
 @runtime_checkable

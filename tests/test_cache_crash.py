@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from clvq.cache import files, shard_file, writer
+from clvq.cache.extraction import Shard
 from clvq.errors import DiskFull
 
 from .cache_maker import FEW_COLUMNS, Known, check_what_is_named_is_whole, contents, known, recorded
@@ -140,7 +141,7 @@ def test_a_full_disk_at_any_step_keeps_finished_shards_and_leaves_nothing_half_d
     done: set[int] = set()
     commit = writer.CacheWriter.commit
 
-    def noted(self: writer.CacheWriter, shard: writer.Shard) -> None:
+    def noted(self: writer.CacheWriter, shard: Shard) -> None:
         commit(self, shard)
         done.add(shard.number)
 

@@ -9,6 +9,7 @@ import pytest
 import zarr
 from clvq.cache import writer as writer_module
 from clvq.cache.encoding import channel_scale, dequantise, quantise
+from clvq.cache.extraction import Shard
 from clvq.cache.recode import recode
 from clvq.cache.verify import verify
 from clvq.errors import CacheCorrupt, ConfigError, ResumeMismatch
@@ -96,7 +97,7 @@ def test_a_stopped_recoding_goes_on_to_the_same_bytes(
     commit = writer_module.CacheWriter.commit
     count = iter(range(100))
 
-    def stopped(self: writer_module.CacheWriter, shard: writer_module.Shard) -> None:
+    def stopped(self: writer_module.CacheWriter, shard: Shard) -> None:
         if next(count) == 2:
             raise KeyboardInterrupt
         commit(self, shard)

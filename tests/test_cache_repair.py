@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from clvq.cache.encoding import channel_scale
+from clvq.cache.extraction import Shard
 from clvq.cache.layout import read_manifest
 from clvq.cache.repair import repair
 from clvq.cache.verify import verify
-from clvq.cache.writer import CacheWriter, Shard
+from clvq.cache.writer import CacheWriter
 from clvq.errors import CacheCorrupt, ConfigError, FolderInUse, RepairMismatch
 from clvq.progress import Progress
 

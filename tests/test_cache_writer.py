@@ -68,7 +68,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkey
     large = known(texts=40, longest=120, widths=EVERY_ENCODING, chunk_rows=16)
     assert large.geometry.shard_rows >= 10 * 16
     for threads in (1, 4):
-        monkeypatch.setattr("clvq.cache.writer._THREADS", threads)
+        monkeypatch.setattr("clvq.cache.shard_writer._THREADS", threads)
         large.write(tmp_path / str(threads))
     assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
