@@ -4,61 +4,29 @@ The plan follows from the data, the tokenizer and the settings alone. It keeps a
 are filtered by frequency, one bit per word; tokens are made again when a shard is extracted.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int64
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
-from ..cache.encoding import EXPECTED_SHARE, STORED_AS, array_layouts
-from ..cache.layout import Encoding, SiteLayout
+from ..cache.encoding import EXPECTED_SHARE, STORED_AS, array_layouts, scale_texts
+from ..cache.extraction import Extraction
+from ..cache.layout import SiteLayout
 from ..cache.placement import Placement, place
-from ..cache.writer import Extraction
 from ..errors import ConfigError, ModelError
 from ..progress import SILENT, Progress
+from .classes import classes_of, with_classes
+from .config import ExtractConfig
 from .data import Texts
-from .language_model import DTypeName, Task
+from .saliency import check_saliency
 from .source import ModelSource
-from .words import Rows, Tokens, token_rows, word_rows
+from .words import INSTRUCTION, LEADING, SPECIAL, Rows
+from .work import Work, all_rows, prompt_of, tokenise
 
 _TEXTS_AT_A_TIME = 1_000
 # Manifest, records, metadata, card: small files, but files.
 _SMALL_FILES_PER_SHARD = 65_536
-
-
-class ExtractConfig(BaseModel):
-    """Settings of an extraction. All of them are part of the cache's identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sites: tuple[str, ...]
-    """Full names of the sites."""
-    rows: Literal["token", "word"] = "token"
-    """What a row is."""
-    pool: Literal["last", "mean"] = "last"
-    """How a word's vector is made from its sub-words'."""
-    min_count: int = 1
-    """Keep words that occur so often in the training split."""
-    max_occurrences: int | None = None
-    """Keep so many occurrences of a word in the training split."""
-    occurrences: Literal["random", "first"] = "random"
-    """Which occurrences: a seeded sample, or the first in the data's order (as published)."""
-    train_split: str = "train"
-    """The split that the two limits apply to."""
-    max_length: int
-    """Tokens at which a text is cut, special ones included."""
-    encoding: Encoding = "bf16"
-    """How vectors are stored."""
-    task: Task = "none"
-    """`classify` stores the model's own predictions."""
-    dtype: DTypeName = "float32"
-    """Type in which the model computes."""
-    batch_tokens: int = 4096
-    """Token slots of a batch. Part of the identity, since sums are rounded differently in other batches."""
-    seed: int = 0
-    """Order of the texts, and which occurrences are kept."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +51,7 @@ class Plan:
     @property
     def class_names(self) -> list[str] | None:
         """What the labels and predictions are called; `None` where there are neither."""
-        return self.source.class_names if self.config.task == "classify" else self.texts.class_names
+        return classes_of(self.source, self.config) or self.texts.class_names
 
     def extraction(self) -> Extraction:
         """The plan as the cache's writer takes it."""
@@ -95,18 +63,25 @@ class Plan:
             "settings": config.model_dump(mode="json"),
         }
         return Extraction(
-            identity=identity, geometry=self.placement.geometry, sites=self._sites(), classes=self._classes()
+            identity=identity,
+            geometry=self.placement.geometry,
+            sites=self._sites(),
+            classes=self._classes(),
+            columns=config.columns,
         )
 
     def _sites(self) -> dict[str, SiteLayout]:
         return {name: SiteLayout(width=self.source.width, encoding=self.config.encoding) for name in self.config.sites}
 
     def _classes(self) -> int | None:
-        return len(self.source.class_names) if self.config.task == "classify" else None
+        classes = classes_of(self.source, self.config)
+        return None if classes is None else len(classes)
 
     def bytes_at_most(self) -> int:
         """Upper limit of the cache's size: all values uncompressed, plus the texts and the small files."""
-        layouts = array_layouts(self.placement.geometry, self._sites(), classes=self._classes())
+        layouts = array_layouts(
+            self.placement.geometry, self._sites(), classes=self._classes(), columns=self.config.columns
+        )
         shards = self.placement.geometry.shards
         arrays = sum(shards * layout.file_bytes_at_most for layout in layouts.values())
         return int(arrays + self._other_bytes())
@@ -115,7 +90,7 @@ class Plan:
         """The size to expect with the compression measured on hidden states of trained models."""
         item = np.dtype(STORED_AS[self.config.encoding]).itemsize
         vectors = self.placement.geometry.rows * self.source.width * item * len(self.config.sites)
-        columns = self.placement.geometry.rows * 12
+        columns = self.placement.geometry.rows * (20 if self.config.saliency else 12)
         return int(vectors * EXPECTED_SHARE[self.config.encoding]) + columns + self._other_bytes() // 2
 
     def _other_bytes(self) -> int:
@@ -127,21 +102,34 @@ class Plan:
         shards = self.placement.geometry.shards
         return int(texts + 200 * len(self.texts) + (shards + 1) * (statistics + _SMALL_FILES_PER_SHARD))
 
-    def shard(self, number: int) -> Int64[np.ndarray, " text"]:
-        """Places, in the plan's order, of the texts of a shard."""
+    def work(self, number: int) -> Work:
+        """What is to be done for a shard."""
         start, end = self.placement.shard_starts[number : number + 2]
-        return np.arange(start, end)
+        return self._work(number, np.arange(start, end))
 
-    def rows_of(self, place: int, tokens: Tokens) -> Rows:
-        """The rows of the text at a place of the plan's order."""
-        number = int(self.order[place])
-        if self.config.rows == "token":
-            return token_rows(tokens)
-        rows, _ = word_rows(self.texts.text[number], tokens)
-        if self.kept is None:
-            return rows
-        start = int(self.kept_starts[number])
-        return rows.take(self.kept[start : start + len(rows)])
+    def rows_in(self, number: int) -> int:
+        """Rows of a shard."""
+        start, end = self.placement.shard_starts[number : number + 2]
+        return int(self.row_counts[start:end].sum())
+
+    def scale_work(self) -> Work:
+        """The plan's first texts, from which the channel scales of int8 follow."""
+        return self._work(0, scale_texts(self.row_counts))
+
+    def _work(self, number: int, places: Int64[np.ndarray, " text"]) -> Work:
+        chosen, texts = self.order[places].tolist(), self.texts
+        kept = None
+        if self.kept is not None:
+            ends = np.r_[self.kept_starts[1:], len(self.kept)]
+            kept = [self.kept[self.kept_starts[text] : ends[text]] for text in chosen]
+        return Work(
+            number=number,
+            texts=[texts.text[text] for text in chosen],
+            text_id=self.placement.text_id[places],
+            row_counts=self.row_counts[places],
+            kept=kept,
+            where=[f"row {texts.source_row[text]} of split {texts.split[text]!r}" for text in chosen],
+        )
 
 
 def make_plan(source: ModelSource, texts: Texts, config: ExtractConfig, *, progress: Progress = SILENT) -> Plan:
@@ -153,25 +141,24 @@ def make_plan(source: ModelSource, texts: Texts, config: ExtractConfig, *, progr
         Where the settings do not fit each other, the model or the data.
     """
     _check(source, texts, config)
-    if config.task == "classify":
-        texts = _with_the_models_classes(source, texts)
+    texts = with_classes(source, texts, config)
     row_counts, token_counts, truncated = [], [], []
     lost = cut_words = 0
     filtering = config.rows == "word" and (config.min_count > 1 or config.max_occurrences is not None)
     census = _Census(config) if filtering else None
-    highest_id = 0
+    prompt = prompt_of(source, config)
+    highest_id = max(prompt.answer_ids) if prompt is not None else 0
+    kinds = np.zeros(INSTRUCTION + 1, dtype=np.int64)
     progress.begin("plan", len(texts), "texts")
     for start in range(0, len(texts), _TEXTS_AT_A_TIME):
         chunk = texts.text[start : start + _TEXTS_AT_A_TIME]
-        for number, tokens in enumerate(source.tokenize(chunk, max_length=config.max_length), start=start):
-            if config.rows == "token":
-                rows = token_rows(tokens)
-            else:
-                rows, without = word_rows(texts.text[number], tokens)
-                lost += without
+        for number, tokens in enumerate(tokenise(source, config, chunk), start=start):
+            rows, without = all_rows(config, texts.text[number], tokens)
+            lost += without
             if census is not None:
                 census.add(texts.text[number], rows, trained=texts.split[number] == config.train_split)
             highest_id = max(highest_id, int(tokens.ids.max(initial=0)))
+            kinds += np.bincount(tokens.kind, minlength=len(kinds))
             row_counts.append(len(rows))
             token_counts.append(len(tokens.ids))
             truncated.append(tokens.truncated)
@@ -189,6 +176,7 @@ def make_plan(source: ModelSource, texts: Texts, config: ExtractConfig, *, progr
         kept = census.kept(np.random.default_rng([config.seed, 1]))
         cut_words = int((~kept).sum())
         counts = np.add.reduceat(np.r_[kept, False].astype(np.int64), starts) * (counts > 0)
+    instruction_rows = int(kinds[INSTRUCTION]) * (config.instruction != "drop")
     if counts.sum() == 0:
         raise ConfigError("no text has a row left: the texts are empty, or --min-count is too high")
     order = _order(texts, config.seed)
@@ -215,23 +203,10 @@ def make_plan(source: ModelSource, texts: Texts, config: ExtractConfig, *, progr
             "words_without_subwords": lost,
             "words_left_out_by_frequency": cut_words,
             "tokens": int(tokens_of.sum()),
+            "special_rows": int(kinds[[LEADING, SPECIAL]].sum()) * (config.special != "drop"),
+            **({"instruction_rows": instruction_rows} if prompt is not None else {}),
         },
     )
-
-
-def batches(lengths: Int64[np.ndarray, " text"], *, slots: int) -> Iterator[Int64[np.ndarray, " batch"]]:
-    """Numbers of texts, longest first, in batches of at most `slots` places of which at least 90 % are real tokens."""
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    start, real = 0, 0
-    for end, number in enumerate(order.tolist()):
-        places = int(lengths[order[start]]) * (end - start + 1)
-        if end > start and (places > slots or real + lengths[number] < 0.9 * places):
-            yield order[start:end]
-            start, real = end, 0
-        real += int(lengths[number])
-    if start < len(order):
-        yield order[start:]
 
 
 def _check(source: ModelSource, texts: Texts, config: ExtractConfig) -> None:
@@ -248,35 +223,12 @@ def _check(source: ModelSource, texts: Texts, config: ExtractConfig) -> None:
         raise ConfigError(
             f"--max-length is {config.max_length}; {source.name} takes {source.shortest} to {source.window} tokens"
         )
+    check_saliency(source, config)
+    given = config.prompt is not None and len(config.answers) == len(config.answer_names) > 0
+    if given != (config.task == "prompt") or (not given and (config.answers or config.answer_names or config.chat)):
+        raise ConfigError("a prompt, and answers with their names, belong to --task prompt, and it to them")
     if config.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens is {config.batch_tokens}; it must be at least 1")
-
-
-def _with_the_models_classes(source: ModelSource, texts: Texts) -> Texts:
-    """The texts with their labels numbered as the model numbers its classes.
-
-    Labels given as numbers are taken as they are, names are looked up.
-    """
-    if texts.class_names is None:
-        return texts
-    classes = source.class_names
-    if not texts.labels_are_names:
-        if len(texts.class_names) > len(classes):
-            raise ConfigError(
-                f"the data has {len(texts.class_names)} labels and {source.name} knows {len(classes)} classes "
-                f"({', '.join(classes)}): use a model of this data, or --task none"
-            )
-        return replace(texts, class_names=classes)
-    place = {name.casefold(): number for number, name in enumerate(classes)}
-    for name in texts.class_names:
-        if name.casefold() not in place:
-            raise ConfigError(
-                f"the label {name!r} is not a class of {source.name} (its classes are {', '.join(classes)}): "
-                "give the labels as the model's class names or numbers, or use --task none"
-            )
-    number_of = [place[name.casefold()] for name in texts.class_names]
-    labels = [None if label is None else number_of[label] for label in texts.label]
-    return replace(texts, label=labels, class_names=classes)
 
 
 def _order(texts: Texts, seed: int) -> Int64[np.ndarray, " text"]:

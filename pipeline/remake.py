@@ -6,14 +6,16 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
+from ..cache.extraction import Extraction, Shard
 from ..cache.layout import Manifest, differences
-from ..cache.writer import Extraction, Shard
 from ..errors import ConfigError, ResumeMismatch
 from ..progress import SILENT, Progress
+from .config import ExtractConfig
 from .data import read_texts
-from .extract import channel_scales, run_shard, texts_table
+from .extract import texts_table
+from .forward import channel_scales, make_shard
 from .language_model import LanguageModel
-from .plan import ExtractConfig, make_plan
+from .plan import make_plan
 from .source import ModelSource
 
 
@@ -68,9 +70,12 @@ class Extractor:
             seed=config.seed,
         )
         self._plan = make_plan(source, texts, config, progress=progress)
+        # Settings that a cache does not name are younger than it, and what they stand for by default was so then.
+        settings = config.model_dump(mode="json")
+        expected = {**wanted.to_plain(), "parent": None, "identity": {**identity, "settings": settings}}
         lines = [
             line
-            for line in differences({**wanted.to_plain(), "parent": None}, self._plan.extraction().to_plain())
+            for line in differences(expected, self._plan.extraction().to_plain())
             # Weights and texts are compared by their hashes: where they lie does not matter.
             if not line.startswith(("identity.model.name:", "identity.model.commit:"))
         ]
@@ -90,11 +95,11 @@ class Extractor:
 
     def shard(self, number: int, progress: Progress) -> Shard:
         """The contents of a shard."""
-        return run_shard(self._plan, number, self._model, progress)[0]
+        return make_shard(self._plan.work(number), self._plan.config, self._model, progress).shard
 
     def scales(self, progress: Progress) -> dict[str, Float32[np.ndarray, " _d"]]:
         """Site → channel scales."""
-        return channel_scales(self._plan, self._model, progress)
+        return channel_scales(self._plan.scale_work(), self._plan.config, self._model, progress)
 
     def texts(self) -> pa.Table:
         """`texts.parquet` without its predictions."""

@@ -5,11 +5,18 @@ gives the same words. (A tokenizer's own `word_ids` will not do: Llama-type ones
 that overlaps two words belongs to both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import regex
 from jaxtyping import Bool, Int64
+
+# Kinds of tokens and rows, as the column `special` has them.
+TEXT, LEADING, SPECIAL, INSTRUCTION = range(4)
+
+Policy = Literal["mark", "keep", "drop"]
+"""What becomes of tokens that are not of the text: rows of their own kind, rows like the text's, or none."""
 
 # Letters, marks, digits and underscores, joined inside a word by apostrophes and by the invisible characters that
 # Persian, Indic scripts and hyphenation put there; else one user-perceived character.
@@ -24,9 +31,9 @@ class Tokens:
     ids: Int64[np.ndarray, " token"]
     start: Int64[np.ndarray, " token"]
     end: Int64[np.ndarray, " token"]
-    """Characters `start` up to `end` of the text; equal for special tokens."""
-    special: Bool[np.ndarray, " token"]
-    """Whether the tokenizer added the token."""
+    """Characters `start` up to `end` of the text; equal for tokens that are not of the text."""
+    kind: Int64[np.ndarray, " token"]
+    """What the token is: the cache's column `special`."""
     truncated: int
     """Tokens cut off at the end of the window."""
     cut: int
@@ -59,7 +66,7 @@ def find_words(text: str) -> list[tuple[int, int]]:
 
 
 def token_rows(tokens: Tokens) -> Rows:
-    """One row per token, special ones included."""
+    """One row per token, those that are not of the text included."""
     count = len(tokens.ids)
     return Rows(
         position=np.arange(count),
@@ -68,12 +75,12 @@ def token_rows(tokens: Tokens) -> Rows:
         word=np.full(count, -1, dtype=np.int64),
         char_start=tokens.start,
         char_end=tokens.end,
-        special=_special_kinds(tokens),
+        special=tokens.kind,
     )
 
 
 def word_rows(text: str, tokens: Tokens) -> tuple[Rows, int]:
-    """One row per word that has sub-words, and one per special token, in token order.
+    """One row per word that has sub-words, and one per token that is not of the text, in token order.
 
     Returns
     -------
@@ -81,7 +88,7 @@ def word_rows(text: str, tokens: Tokens) -> tuple[Rows, int]:
         `lost` counts words that the tokenizer gave no sub-word; words cut by the window are not counted, and left out.
     """
     spans = np.array(find_words(text), dtype=np.int64).reshape(-1, 2)
-    ordinary = np.flatnonzero(~tokens.special & (tokens.end > tokens.start))
+    ordinary = np.flatnonzero((tokens.kind == TEXT) & (tokens.end > tokens.start))
     # Offsets ascend but for oddities of some normalisers; made sure of, since the search below relies on it.
     ends = np.maximum.accumulate(tokens.end[ordinary])
     starts = np.minimum.accumulate(tokens.start[ordinary][::-1])[::-1]
@@ -92,11 +99,10 @@ def word_rows(text: str, tokens: Tokens) -> tuple[Rows, int]:
     has = first <= last
     number = np.flatnonzero(has)
     first_position, last_position = ordinary[first[has]], ordinary[last[has]]
-    special = np.flatnonzero(tokens.special)
+    special = np.flatnonzero(tokens.kind != TEXT)
     ones = np.ones(len(special), dtype=np.int64)
     position = np.concatenate([last_position, special])
     order = np.lexsort((np.concatenate([number, -ones]), position))
-    kinds = _special_kinds(tokens)
     rows = Rows(
         position=position[order],
         subwords=np.concatenate([last_position - first_position + 1, ones])[order],
@@ -104,14 +110,23 @@ def word_rows(text: str, tokens: Tokens) -> tuple[Rows, int]:
         word=np.concatenate([number, -ones])[order],
         char_start=np.concatenate([spans[has, 0], tokens.start[special]])[order],
         char_end=np.concatenate([spans[has, 1], tokens.end[special]])[order],
-        special=np.concatenate([0 * number, kinds[special]])[order],
+        special=np.concatenate([0 * number, tokens.kind[special]])[order],
     )
     return rows, int((~has).sum())
 
 
-def _special_kinds(tokens: Tokens) -> Int64[np.ndarray, " token"]:
-    """0: of the text; 1: the first special token, where the text begins with it; 2: any other special token."""
-    kinds = np.where(tokens.special, 2, 0)
-    if len(kinds) and tokens.special[0]:
-        kinds[0] = 1
+def kinds_of(added: Bool[np.ndarray, " token"]) -> Int64[np.ndarray, " token"]:
+    """Kinds of the tokens of a text, by which of them the tokenizer added."""
+    kinds = np.where(added, SPECIAL, TEXT)
+    if len(kinds) and added[0]:
+        kinds[0] = LEADING
     return kinds
+
+
+def under(rows: Rows, *, special: Policy, instruction: Policy) -> Rows:
+    """The rows that the policies leave, marked as they say."""
+    of_special = (rows.special == LEADING) | (rows.special == SPECIAL)
+    of_instruction = rows.special == INSTRUCTION
+    kept = (of_special & (special == "keep")) | (of_instruction & (instruction == "keep"))
+    dropped = (of_special & (special == "drop")) | (of_instruction & (instruction == "drop"))
+    return replace(rows, special=np.where(kept, TEXT, rows.special)).take(~dropped)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from clvq.errors import ConfigError, ModelError
-from clvq.pipeline.plan import Plan, batches
+from clvq.pipeline.batches import batches
+from clvq.pipeline.plan import Plan
+from clvq.pipeline.work import all_rows, tokenise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,11 +24,14 @@ TinyModel = Callable[..., Path]
 def words_of(plan: Plan) -> dict[int, list[tuple[int, str]]]:
     """Text of the data → its word rows in the plan: number of the word and the word."""
     found: dict[int, list[tuple[int, str]]] = {}
-    for place, number in enumerate(plan.order.tolist()):
-        text = plan.texts.text[number]
-        tokens = plan.source.tokenize([text], max_length=plan.config.max_length)[0]
-        rows = plan.rows_of(place, tokens)
-        assert len(rows) == plan.row_counts[place]
+    shards = [plan.work(number) for number in range(plan.placement.geometry.shards)]
+    works = [(work, place) for work in shards for place in range(len(work.texts))]
+    for number, (work, place) in zip(plan.order.tolist(), works, strict=True):
+        text = work.texts[place]
+        tokens = tokenise(plan.source, plan.config, [text])[0]
+        rows, _ = all_rows(plan.config, text, tokens)
+        rows = rows if work.kept is None else rows.take(work.kept[place])
+        assert len(rows) == work.row_counts[place]
         inner = rows.take(rows.special == 0)
         found[number] = [
             (word, text[start:end])
@@ -35,7 +40,7 @@ def words_of(plan: Plan) -> dict[int, list[tuple[int, str]]]:
             )
         ]
         special = rows.take(rows.special > 0)
-        assert special.position.tolist() == np.flatnonzero(tokens.special).tolist()
+        assert special.position.tolist() == np.flatnonzero(tokens.kind).tolist()
     return found
 
 
@@ -111,9 +116,10 @@ def test_every_text_has_its_place_and_splits_lie_together(data: Path, tiny_model
     assert sorted(plan.order.tolist()) == list(range(len(plan.texts)))
     splits = [plan.texts.split[number] for number in plan.order]
     assert splits == sorted(splits, key=["dev", "train"].index)
-    shards = [plan.shard(number).tolist() for number in range(plan.placement.geometry.shards)]
+    shards = [plan.work(number) for number in range(plan.placement.geometry.shards)]
     assert len(shards) > 4
-    assert list(chain(*shards)) == list(range(len(plan.texts)))
+    assert list(chain(*(work.texts for work in shards))) == [plan.texts.text[number] for number in plan.order]
+    assert list(chain(*(work.text_id for work in shards))) == plan.placement.text_id.tolist()
 
 
 def test_the_plan_counts_what_happens_to_the_texts(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -130,6 +136,7 @@ def test_the_plan_counts_what_happens_to_the_texts(tiny_model: TinyModel, tmp_pa
         "words_without_subwords": 1,
         "words_left_out_by_frequency": 0,
         "tokens": 6 + 2 + 2 + 6 + 4 + 6,
+        "special_rows": 6 * 2,
     }
     decoder = plan_of(tiny_model("gpt2"), file, rows="word", max_length=6)
     assert decoder.counts["texts_without_rows"] == 2  # the empty text and the blank one

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clvq.pipeline.extract import pool
+from clvq.pipeline.forward import Places, pool
 from clvq.pipeline.source import ModelSource
 from clvq.pipeline.words import Rows, Tokens, find_words, token_rows, word_rows
 from hypothesis import given
@@ -203,8 +203,9 @@ def test_pooling_takes_the_last_sub_word_or_the_mean() -> None:
     states = torch.zeros(2, 7, 2)
     states[..., 0] = torch.arange(7.0) ** 2
     states[0, :, 1], states[1, :, 1] = 5, 9
-    assert pool(states, rows, mean=False).tolist() == [[0, 5], [9, 5], [25, 5], [36, 5]]
-    mean = pool(states, rows, mean=True)
+    places = Places.of(rows, torch.device("cpu"))
+    assert pool(states, places, mean=False).tolist() == [[0, 5], [9, 5], [25, 5], [36, 5]]
+    mean = pool(states, places, mean=True)
     np.testing.assert_allclose(mean, [[0, 5], [(1 + 4 + 9) / 3, 5], [(16 + 25) / 2, 5], [36, 5]], rtol=1e-6)
 
 
@@ -235,7 +236,7 @@ def test_rows_of_any_text_lie_inside_it(text: str, max_length: int, kind: str) -
         assert len(inner) + lost == len(words)
     for start, end, last, count in zip(inner.char_start, inner.char_end, inner.position, inner.subwords, strict=True):
         own = slice(last + 1 - count, last + 1)
-        assert not tokens.special[own].any()
+        assert not (tokens.kind > 0)[own].any()
         # The first and the last sub-word overlap the word.
         assert tokens.start[last] < end
         assert tokens.end[last + 1 - count] > start

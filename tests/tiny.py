@@ -7,15 +7,18 @@ import random
 import string
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from clvq.pipeline.config import ExtractConfig
 from clvq.pipeline.data import Texts, read_texts
 from clvq.pipeline.extract import ExtractResult, extract
+from clvq.pipeline.forward import load_model
 from clvq.pipeline.language_model import LanguageModel, Task
-from clvq.pipeline.plan import ExtractConfig, Plan, make_plan
+from clvq.pipeline.plan import Plan, make_plan
 from clvq.pipeline.source import ModelSource, find_model
 from clvq.progress import SILENT, Progress
 
@@ -37,7 +40,12 @@ FAMILIES = {
     "mistral": "metaspace",
     "modernbert": "bytes",
     "deberta-v2": "metaspace",
+    "qwen3": "bytes",
+    "phi": "bytes",
+    "falcon": "bytes",
 }
+# Encoder-decoders, of which the encoder is read.
+ENCODERS = {"t5": "metaspace", "bart": "bytes"}
 
 
 def _wordpiece() -> tuple[Any, dict[str, str]]:
@@ -118,7 +126,34 @@ def make_config(family: str, tokenizer: Any, **changes: Any) -> Any:
         common |= {"ffn_dim": 64, "word_embed_proj_dim": WIDTH}
     if family in ("electra", "albert"):
         common |= {"embedding_size": 16}
-    if family in ("qwen2", "gemma2", "gemma3_text", "mistral"):
+    if family in ("t5", "bart"):
+        del common["intermediate_size"], common["num_attention_heads"], common["hidden_size"]
+        del common["num_hidden_layers"]
+    if family == "t5":
+        del common["max_position_embeddings"], common["initializer_range"]
+        common |= {
+            "d_model": WIDTH,
+            "num_layers": DEPTH,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "d_ff": 64,
+            "d_kv": 8,
+        }
+    if family == "bart":
+        common |= {"d_model": WIDTH, "encoder_layers": DEPTH, "decoder_layers": 2, "init_std": 0.2}
+        common |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+        common |= {f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")}
+        del common["initializer_range"]
+    if family == "falcon":
+        del common["intermediate_size"]
+        common |= {"ffn_hidden_size": 64, "alibi": False}
+    if family in ("mixtral", "qwen2_moe"):
+        common |= {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+    if family == "mixtral":
+        common |= {"num_local_experts": 4}
+    if family == "qwen2_moe":
+        common |= {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 64}
+    if family in ("qwen2", "qwen3", "gemma2", "gemma3_text", "mistral"):
         common |= {"num_key_value_heads": 2, "head_dim": 8}
     if family == "deberta-v2":
         common |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
@@ -126,12 +161,20 @@ def make_config(family: str, tokenizer: Any, **changes: Any) -> Any:
 
 
 def make_model(
-    folder: Path, family: str, *, kind: str | None = None, classes: int | None = None, seed: int = 0, **changes: Any
+    folder: Path,
+    family: str,
+    *,
+    kind: str | None = None,
+    classes: int | None = None,
+    continues: bool = False,
+    seed: int = 0,
+    **changes: Any,
 ) -> Path:
-    """Save a random model with its tokenizer; with a classification head where `classes` is given."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    """Save a random model with its tokenizer: with a classification head where `classes` is given, with a
+    language-model head where it `continues` texts."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    tokenizer = make_tokenizer(kind or FAMILIES[family])
+    tokenizer = make_tokenizer(kind or (FAMILIES | ENCODERS)[family])
     # Hashable in the call, so that a fixture can remember it.
     if "id2label" in changes:
         changes["id2label"] = dict(changes["id2label"])
@@ -139,7 +182,8 @@ def make_model(
         family, tokenizer, **({"num_labels": classes} if classes and "id2label" not in changes else {}), **changes
     )
     torch.manual_seed(seed)
-    factory = AutoModelForSequenceClassification if classes else AutoModel
+    headed = AutoModelForCausalLM if continues else AutoModel
+    factory = AutoModelForSequenceClassification if classes else headed
     factory.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -164,9 +208,9 @@ def write_texts(folder: Path, *, texts: int = 300, seed: int = 0) -> Path:
     return folder
 
 
-def load(source: ModelSource, *, task: Task = "none") -> LanguageModel:
+def load(source: ModelSource, *, task: Task = "none", answers: Sequence[int] = ()) -> LanguageModel:
     """The model in float32 on the CPU."""
-    return LanguageModel(source, task=task, dtype="float32", device=torch.device("cpu"))
+    return LanguageModel(source, task=task, dtype="float32", device=torch.device("cpu"), answers=answers)
 
 
 def plan_of(model: Path, data: Path, **settings: Any) -> Plan:
@@ -181,7 +225,8 @@ def _config(texts: Texts, **settings: Any) -> ExtractConfig:
 
 def run(plan: Plan, out: Path, *, progress: Progress = SILENT, force: bool = False) -> ExtractResult:
     """Extract a plan."""
-    return extract(plan, out, lambda: load(plan.source, task=plan.config.task), progress=progress, force=force)
+    model = partial(load_model, plan.source, plan.config, device=torch.device("cpu"))
+    return extract(plan, out, model, progress=progress, force=force)
 
 
 def _serve(plan: Plan, whole: Path, out: Path) -> None:
