@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .layout import TEXTUAL_COLUMNS
 
 if TYPE_CHECKING:
-    from .layout import Manifest
+    from .layout import Convergence, Manifest
 
 
 _WITH_TEXTS = """\
@@ -37,6 +37,11 @@ def card(manifest: "Manifest") -> bytes:
     counts = "\n".join(
         f"| {_plain(name.replace('_', ' '))} | {value:,} |" for name, value in sorted(manifest.counts.items())
     )
+    saliency = ""
+    if manifest.saliency:
+        settings_of: Any = manifest.identity.get("settings", {})
+        saliency = _saliency(settings_of if isinstance(settings_of, dict) else {}, manifest.convergence)
+    policies = _policies(manifest.identity.get("settings"))
     classes = f"Classes: {_plain(', '.join(manifest.class_names))}.\n\n" if manifest.class_names else ""
     recoded = ""
     if "recoded" in manifest.identity:
@@ -68,10 +73,10 @@ and is stored as zero.{recoded}
 |---|---|---|
 {splits}
 
-{classes}| what happened to the texts | number |
+{policies}{classes}| what happened to the texts | number |
 |---|---|
 {counts}
-
+{saliency}
 ## How it was made
 
 | setting | value |
@@ -93,6 +98,46 @@ attribute `encoding` is `bf16` holds the bits of bfloat16 in uint16; one of `int
 `scales/<site>` of its row and `channel_scale/<site>` of its channel. Rows whose `rows/text` is −1 are not in use.
 """
     return text.encode()
+
+
+def _saliency(settings: dict[str, Any], convergence: "Convergence | None") -> str:
+    def of(name: str) -> str:
+        return _plain(str(settings.get(name)))
+
+    kind = {"ig": "integrated gradients", "gradient": "gradient × input"}.get(str(settings.get("saliency")), "unknown")
+    how = f"{kind} at `{of('saliency_site')}`"
+    if convergence is None:
+        delta = ""
+    else:
+        how += f", {of('saliency_steps')} steps, baseline {of('saliency_baseline')}"
+        delta = (
+            " Their convergence delta, the sum over a text less the difference of the logits, has a magnitude of "
+            f"{convergence.median:.2g} in the median of {convergence.texts:,} texts, and of "
+            f"{convergence.quantile_95:.2g} at the 95 % quantile."
+        )
+    return f"\nEach row has a saliency for the predicted class, in units of its logit: {how}.{delta}\n"
+
+
+_POLICIES = {
+    "mark": "have rows of their own kind (column `special`: {kinds})",
+    "keep": "have rows that count as rows of the text (`special` is 0, the span in the text empty)",
+    "drop": "have no rows",
+}
+
+
+def _policies(settings: Any) -> str:
+    """What was done with tokens that are not of the text; nothing of caches that do not say it."""
+    if not isinstance(settings, dict):
+        return ""
+    asked = {"special": ("Special tokens", "1 and 2")}
+    if settings.get("task") == "prompt":
+        asked["instruction"] = ("Tokens of the prompt around the text", "3")
+    said = [
+        f"{what} {_POLICIES[chosen].format(kinds=kinds)}."
+        for name, (what, kinds) in asked.items()
+        if isinstance(chosen := settings.get(name), str) and chosen in _POLICIES
+    ]
+    return " ".join(said) + "\n\n" if said else ""
 
 
 def _flat(value: dict[str, Any], name: str = "") -> list[tuple[str, str]]:

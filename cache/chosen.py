@@ -10,7 +10,7 @@ from ..errors import CacheCorrupt
 from .layout import Geometry
 
 Special = Literal["all", "leading", "none"]
-"""Which special rows take part: all, only the first of a text (CLS, BOS), or none."""
+"""Which rows not of the text take part: all, a prompt's included; the first special one (CLS, BOS); or none."""
 
 _KINDS: dict[Special, int] = {"leading": 1, "none": 0}
 

@@ -24,6 +24,8 @@ from numcodecs import blosc
 
 from ..errors import DataError
 from .layout import (
+    ALL_COLUMNS,
+    CONVERGENCE,
     LOGITS,
     ROW_COLUMNS,
     Encoding,
@@ -223,7 +225,8 @@ class ArrayLayout:
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard, *rest]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self.fill,
+            # JSON has no NaN of its own; this is Zarr's name for it.
+            "fill_value": "NaN" if np.isnan(self.fill) else self.fill,
             "codecs": [
                 {
                     "name": "sharding_indexed",
@@ -297,7 +300,7 @@ def array_layouts(
     columns
         The columns of the row axis that are there.
     """
-    rows, shard = geometry.row_places, geometry.shard_rows
+    rows, shard, places = geometry.row_places, geometry.shard_rows, geometry.shard_texts
     layouts = {}
     for name in array_axes(sites, columns, predictions=classes is not None):
         kind, own = name.split("/")
@@ -318,12 +321,13 @@ def array_layouts(
             width = sites[own].width
             layouts[name] = ArrayLayout("float32", (width,), width, width, 0.0, ("d",), {})
         elif kind == "rows":
-            dtype, fill = ROW_COLUMNS[own]
+            dtype, fill = ALL_COLUMNS[own]
             layouts[name] = ArrayLayout(dtype, (rows,), shard, shard, fill, ("row",), {})
-    if classes is not None:
-        places = geometry.shard_texts
-        shape = (geometry.text_places, classes)
-        layouts[LOGITS] = ArrayLayout("float32", shape, places, places, 0.0, ("text", "class"), {})
+        elif name == LOGITS:
+            shape = (geometry.text_places, classes or 0)
+            layouts[name] = ArrayLayout("float32", shape, places, places, 0.0, ("text", "class"), {})
+        elif name == CONVERGENCE:
+            layouts[name] = ArrayLayout("float32", (geometry.text_places,), places, places, np.nan, ("text",), {})
     return layouts
 
 

@@ -9,11 +9,21 @@ A manifest may come from a stranger. What it claims is checked before anything i
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import nan
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..errors import CacheCorrupt, CacheIncomplete, CacheNotFound, FormatVersion
 from .frozen import SOON_REFUSED, Count, Frozen, Positive, Text
@@ -52,8 +62,13 @@ ROW_COLUMNS: dict[str, tuple[str, int]] = {
 }
 # What a copy made without its texts leaves out, for texts can be put together from it.
 TEXTUAL_COLUMNS = ("token", "word", "char_start", "char_end")
+# What a cache with saliency has besides: both or neither.
+SALIENCY_COLUMNS: dict[str, tuple[str, float]] = {"saliency": ("float32", nan), "saliency_max": ("float32", nan)}
+ALL_COLUMNS: dict[str, tuple[str, int | float]] = {**ROW_COLUMNS, **SALIENCY_COLUMNS}
 
 LOGITS = "texts/logits"
+# There where the saliency columns are.
+CONVERGENCE = "texts/convergence_delta"
 
 # Limits on what a stranger's manifest may make us read or decode at once.
 MANIFEST_BYTES = 64 << 20
@@ -158,6 +173,15 @@ class SplitEntry(Frozen):
     rows: Count
 
 
+class Convergence(Frozen):
+    """How far the saliencies of texts miss what they should add up to: magnitudes of `texts/convergence_delta`."""
+
+    texts: Positive
+    """Texts that have one."""
+    median: Annotated[float, Field(ge=0)]
+    quantile_95: Annotated[float, Field(ge=0)]
+
+
 class Manifest(Frozen):
     """`manifest.json`."""
 
@@ -171,13 +195,15 @@ class Manifest(Frozen):
     """Everything that the stored values follow from: model, tokenizer, data, sites, rows rule, lengths, dtype."""
     geometry: Geometry
     sites: Annotated[dict[SiteName, SiteEntry], SOON_REFUSED]
-    columns: Annotated[tuple[str, ...], Field(max_length=len(ROW_COLUMNS))]
-    """Columns of the row axis that are there, in the order of `ROW_COLUMNS`."""
+    columns: Annotated[tuple[str, ...], Field(max_length=len(ALL_COLUMNS))]
+    """Columns of the row axis that are there, in the order of `ALL_COLUMNS`."""
     splits: Annotated[dict[Text, SplitEntry], SOON_REFUSED]
     class_names: Annotated[list[Text], SOON_REFUSED] | None
     """Names of the labels 0, 1, …; `None` where the data has no labels."""
     classes: Positive | None
     """Width of `texts/logits`; `None` where it is not there."""
+    convergence: Convergence | None = None
+    """Of integrated gradients; `None`, and not in the file, where there are none."""
     counts: Annotated[dict[Text, int], SOON_REFUSED]
     """What happened to the texts: truncated ones, empty ones, words left out."""
     files: Files
@@ -190,16 +216,22 @@ class Manifest(Frozen):
         return self.classes is not None
 
     @property
+    def saliency(self) -> bool:
+        """Whether the columns of `SALIENCY_COLUMNS` are there."""
+        return bool(SALIENCY_COLUMNS.keys() & set(self.columns))
+
+    @property
     def vectors_id(self) -> str:
-        """SHA-256 of what a run follows from: vectors, their places and predictions, but no texts.
+        """SHA-256 of what a run follows from: vectors, their places and predictions, but no texts and no saliency.
 
         A cache and its copies without texts have it in common.
         """
-        textual = {f"{ARRAYS}/rows/{column}/" for column in TEXTUAL_COLUMNS}
+        left_out = (CONVERGENCE, *(f"rows/{column}" for column in (*TEXTUAL_COLUMNS, *SALIENCY_COLUMNS)))
+        prefixes = tuple(f"{ARRAYS}/{array}/" for array in left_out)
         arrays = {
             name: entry.sha256
             for name, entry in self.entries.items()
-            if name.startswith(f"{ARRAYS}/") and "/c/" in name and not name.startswith(tuple(textual))
+            if name.startswith(f"{ARRAYS}/") and "/c/" in name and not name.startswith(prefixes)
         }
         return hashlib.sha256(to_json({"geometry": self.geometry.model_dump(), "arrays": arrays})).hexdigest()
 
@@ -207,6 +239,14 @@ class Manifest(Frozen):
     def entries(self) -> dict[str, FileEntry]:
         """Every file of the cache but the manifest."""
         return dict(self.files) | {name: entry for shard in self.shards for name, entry in shard.files.items()}
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: Callable[["Manifest"], dict[str, Any]]) -> dict[str, Any]:
+        plain = handler(self)
+        # Manifests of caches without it stay, byte for byte, what they were before it was there.
+        if plain["convergence"] is None:
+            del plain["convergence"]
+        return plain
 
     @field_validator("identity")
     @classmethod
@@ -224,8 +264,12 @@ class Manifest(Frozen):
         geometry = self.geometry
         if len(self.shards) != geometry.shards:
             raise ValueError(f"{len(self.shards)} shards are listed and {geometry.shards} are laid out")
-        if self.columns not in (tuple(ROW_COLUMNS), tuple(c for c in ROW_COLUMNS if c not in TEXTUAL_COLUMNS)):
+        without_texts = tuple(column for column in ROW_COLUMNS if column not in TEXTUAL_COLUMNS)
+        rest = SALIENCY_COLUMNS if self.saliency else ()
+        if self.columns not in ((*ROW_COLUMNS, *rest), (*without_texts, *rest)):
             raise ValueError("the columns are neither all columns nor those of a cache without its texts")
+        if self.convergence is not None and not (self.saliency and self.convergence.texts <= geometry.texts):
+            raise ValueError("it tells of more saliencies that converge than there are")
         if "zarr.json" in self.sites:
             raise ValueError("a site has the name of a file, zarr.json")
         for name, site in self.sites.items():
@@ -260,10 +304,12 @@ class Manifest(Frozen):
         if geometry.text_places > 2**24 + 4 * geometry.texts:
             raise ValueError(f"{geometry.text_places} places for {geometry.texts} texts: no extraction makes so many")
         stored = sum(entry.bytes for shard in self.shards for entry in shard.files.values())
-        for what, cells in (("rows", geometry.row_places), ("logits", geometry.texts * (self.classes or 0))):
+        # The logits of a text and, where there is saliency, one number more.
+        of_text = max(self.classes or 0, int(self.saliency))
+        for what, cells in (("rows", geometry.row_places), ("logits", geometry.texts * of_text)):
             if cells > max(2**25, stored):
                 raise ValueError(f"{cells} {what} in {stored} bytes: no extraction packs so many")
-        chunks = [4 * geometry.shard_rows, 4 * geometry.shard_texts * (self.classes or 0)]
+        chunks = [4 * geometry.shard_rows, 4 * geometry.shard_texts * of_text]
         chunks += [4 * geometry.chunk_rows * site.width for site in self.sites.values()]
         if max(chunks) > CHUNK_BYTES:
             raise ValueError(f"a chunk of {max(chunks)} bytes is larger than any extraction makes ({CHUNK_BYTES})")
@@ -305,6 +351,8 @@ def array_axes(sites: Mapping[str, SiteLayout], columns: Iterable[str], *, predi
     axes |= {f"rows/{column}": 1 for column in columns}
     if predictions:
         axes[LOGITS] = 2
+    if f"rows/{next(iter(SALIENCY_COLUMNS))}" in axes:
+        axes[CONVERGENCE] = 1
     return axes
 
 

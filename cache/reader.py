@@ -14,7 +14,7 @@ from ..errors import CacheCorrupt, ConfigError
 from .chosen import ChosenRows
 from .chosen import Special as Special
 from .encoding import array_layouts
-from .layout import LOGITS, ROW_COLUMNS, TEXTS, FileEntry, read_manifest
+from .layout import ALL_COLUMNS, CONVERGENCE, LOGITS, SALIENCY_COLUMNS, TEXTS, FileEntry, read_manifest
 from .selection import read_selection
 from .shards import ShardFiles
 from .texts_file import read_texts_table
@@ -151,18 +151,18 @@ class Cache:
         return index
 
     def column(self, name: str) -> Shaped[np.ndarray, " row_place"]:
-        """A column of the row axis, unused places included (there `text` is −1). One of `ROW_COLUMNS`.
+        """A column of the row axis, unused places included (there `text` is −1). One of `ALL_COLUMNS`.
 
         Shards that a partial copy lacks are unused too.
 
         Raises
         ------
         ConfigError
-            Where the cache was shared without its texts, and the column with them.
+            Where the cache was extracted without saliency, or shared without its texts, and the column with them.
         """
         if name not in self._columns:
             self._require_bytes()
-            geometry, (dtype, fill) = self.manifest.geometry, ROW_COLUMNS[name]
+            geometry, (dtype, fill) = self.manifest.geometry, ALL_COLUMNS[name]
             column = np.full(geometry.row_places, fill, dtype=dtype)
             for shard in sorted(set(range(geometry.shards)) - self.absent_shards):
                 start = shard * geometry.shard_rows
@@ -200,7 +200,9 @@ class Cache:
         ------
         ConfigError, CacheCorrupt
         """
-        if name not in self.manifest.columns:
+        if name in SALIENCY_COLUMNS:
+            self._require_saliency()
+        elif name not in self.manifest.columns:
             raise ConfigError(f"{self.path} was shared without its texts, and `{name}` stayed behind: use a whole copy")
         return self.files.read(f"rows/{name}", self.layouts[f"rows/{name}"], rows, out=out)
 
@@ -312,8 +314,28 @@ class Cache:
         """
         if not self.manifest.predictions:
             raise ConfigError(f"{self.path} holds no predictions; extract with `--task classify`")
-        texts = np.asarray(self.texts["text_id"])
-        logits = np.full((len(texts), self.manifest.classes or 0), np.nan, dtype=np.float32)
+        return self._of_texts(LOGITS)
+
+    def convergence_delta(self) -> Float32[np.ndarray, " text"]:
+        """By how much the saliencies of each row of `texts` miss what they should add up to, in units of the logit.
+
+        NaN where the model could not be run, a partial copy ends, or saliency was not computed by integrated gradients.
+
+        Raises
+        ------
+        ConfigError
+            Where the cache was extracted without saliency.
+        """
+        self._require_saliency()
+        return self._of_texts(CONVERGENCE)
+
+    def _require_saliency(self) -> None:
+        if not self.manifest.saliency:
+            raise ConfigError(f"{self.path} holds no saliency; extract with `--task classify --saliency ig`")
+
+    def _of_texts(self, array: str) -> Float32[np.ndarray, "text *rest"]:
+        texts, layout = np.asarray(self.texts["text_id"]), self.layouts[array]
+        values = np.full((len(texts), *layout.shape[1:]), np.nan, dtype=np.float32)
         there = ~np.isin(texts // self.manifest.geometry.shard_texts, list(self.absent_shards))
-        logits[there] = self.files.read(LOGITS, self.layouts[LOGITS], texts[there])
-        return logits
+        values[there] = self.files.read(array, layout, texts[there])
+        return values

@@ -25,6 +25,7 @@ from .bootstrap import RESAMPLES, Estimate, estimate
 from .readouts import Asked, Condition, Outcome, probed_texts, read_out_model, read_out_probe
 from .removal import REMOVALS, SUBJECTS, Removal
 from .rows import RowsChanged, TextRows, changed_rows, rows_by_text
+from .saliency import stored_salient_rows
 
 ReadOut = Literal["model", "probe"]
 RESULT = "ablation.json"
@@ -43,6 +44,8 @@ class AblateConfig(BaseModel):
     """How a direction is taken out."""
     rows_changed: RowsChanged = "salient"
     """Which rows lose their concept."""
+    saliency: Literal["gradient", "stored"] = "gradient"
+    """By what the salient row is found: gradient × input, or what the cache holds."""
     split: tuple[str, ...] = ()
     """Splits to evaluate; empty: the texts that the runs held out."""
     max_texts: int | None = None
@@ -128,11 +131,12 @@ def ablate(
     lowers = sorted({run.config.lower for run in loaded.values()})
     if len(lowers) > 1:
         raise ConfigError(f"the runs have different lower sites ({', '.join(lowers)}): ablate them one by one")
-    needs_model = "model" in config.read_outs or config.rows_changed == "salient"
-    if needs_model and not cache.manifest.predictions:
+    asks_salient = config.rows_changed == "salient"
+    needs_model = "model" in config.read_outs or (asks_salient and config.saliency == "gradient")
+    if (needs_model or asks_salient) and not cache.manifest.predictions:
         raise ConfigError(
             f"{cache.path} was extracted without predictions, which the model read-out and salient rows need: "
-            "extract with --task classify, or use --read-out probe --rows-changed cls"
+            "extract with --task classify or prompt, or use --read-out probe --rows-changed cls"
         )
     settings = {
         "version": _VERSION,
@@ -141,9 +145,9 @@ def ablate(
         "config": config.model_dump(mode="json"),
     }
     with only_writer(out):
-        stored = _stored(out, settings, force=force)
-        if stored is not None:
-            return stored
+        before = _stored(out, settings, force=force)
+        if before is not None:
+            return before
         chosen = _choose_texts(cache, loaded, config)
         texts = rows_by_text(cache, chosen)
         # Before the model is loaded: what follows may take hours.
@@ -155,18 +159,20 @@ def ablate(
             else []
         )
         asked = [Asked(name=name, run=run, codes=_codes(cache, run, texts)) for name, run in loaded.items()]
+        stored = stored_salient_rows(cache, texts, lowers[0]) if config.saliency == "stored" else None
         clean: dict[ReadOut, Outcome] = {}
         outcomes: dict[tuple[ReadOut, Condition], Outcome] = {}
-        salient: list[int | None] = [None] * len(texts)
+        salient = stored or [None] * len(texts)
         if needs_model:
             reading = read_out_model(
                 cache,
                 load(),
                 asked if "model" in config.read_outs else [],
                 texts,
-                site=int(lowers[0].removeprefix("hidden.")),
+                site=lowers[0],
                 removals=config.removals,
                 rows_changed=config.rows_changed,
+                salient=stored,
                 seed=config.seed,
                 progress=progress,
             )

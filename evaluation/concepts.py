@@ -86,9 +86,12 @@ def _describe(cache: Cache, concept: int, members: list[tuple[int, float]], *, w
 
 
 def _cut(cache: Cache, row: int, text: str) -> tuple[str, str, str]:
-    if cache.column("special")[row]:
-        return "", "‹special token›", f" {text}"
+    kind = int(cache.column("special")[row])
+    if kind:
+        return "", "‹instruction›" if kind == 3 else "‹special token›", f" {text}"
     start, end = int(cache.column("char_start")[row]), int(cache.column("char_end")[row])
+    if start == end:
+        return text[:start], "‹token without text›", f" {text[end:]}"
     return text[:start], text[start:end], text[end:]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,13 +91,19 @@ def read_out_model(
     asked: Sequence[Asked],
     texts: Sequence[TextRows],
     *,
-    site: int,
+    site: str,
     removals: Sequence[Removal],
     rows_changed: RowsChanged,
+    salient: Sequence[int | None] | None,
     seed: int,
     progress: Progress,
 ) -> ModelReadOut:
     """Run the model with concepts removed at the site. With no runs, only the salient rows are found.
+
+    Parameters
+    ----------
+    salient
+        The salient row of each text; `None` to find it by gradient × input.
 
     Raises
     ------
@@ -114,7 +121,7 @@ def read_out_model(
             for removal in removals
             for subject in SUBJECTS
         },
-        salient=[None] * len(texts),
+        salient=list(salient or [None] * len(texts)),
     )
     directions = {(one.name, removal): Directions(one.run, removal) for one in asked for removal in removals}
     progress.begin("ablate", len(texts), "texts")
@@ -124,7 +131,8 @@ def read_out_model(
         hidden = clean.hidden.float()
         before = clean.probabilities.double().cpu().numpy()
         for place, number in enumerate(numbers):
-            result.salient[number] = salient_row(texts[number], clean.attribution[place])
+            if salient is None:
+                result.salient[number] = salient_row(texts[number], clean.attribution[place])
             label = labels[texts[number].text].as_py()
             result.clean.note(number, before[place], before[place], label, 0.0)
         for one in asked:
@@ -261,7 +269,7 @@ def _batches(
     cache: Cache, model: LanguageModel, texts: Sequence[TextRows]
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Texts in batches of like length, tokenised as when the cache was made."""
-    settings = cache.manifest.identity["settings"]
+    settings: Any = cache.manifest.identity["settings"]
     max_length = settings["max_length"] if isinstance(settings, Mapping) else None
     if not isinstance(max_length, int):
         raise ConfigError(f"the manifest of {cache.path} does not say how long its texts may be")
@@ -271,7 +279,9 @@ def _batches(
     for start in range(0, len(order), _TEXTS_AT_A_TIME):
         numbers = order[start : start + _TEXTS_AT_A_TIME]
         tokens = model.source.tokenize(
-            [column[texts[number].text].as_py() for number in numbers], max_length=max_length
+            [column[texts[number].text].as_py() for number in numbers],
+            max_length=max_length,
+            **{name: settings[name] for name in ("prompt", "answers", "chat") if name in settings},
         )
         batch: list[int] = []
         batch_ids: list[list[int]] = []

@@ -68,7 +68,7 @@ def changed_rows(
         With `all`: the special rows that the run was trained on are changed too.
     """
     if which == "all":
-        limit = {"all": 2, "leading": 1, "none": 0}[special]
+        limit = {"all": 3, "leading": 1, "none": 0}[special]
         return np.flatnonzero(rows.special <= limit)
     number = salient if which == "salient" else rows.first_special()
     return np.array([] if number is None else [number], dtype=np.int64)

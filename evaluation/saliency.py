@@ -1,9 +1,10 @@
-"""Which row of a text matters most to the model's prediction, by gradient × input at a site.
+"""Which row of a text matters most to the model's prediction: by gradient × input at a site, or as the cache has it.
 
 The target is the logit of the predicted class. A row's score is the sum over its sub-words and channels, then its
 absolute value.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from ..cache.reader import Cache
+from ..errors import ConfigError
 from ..pipeline.language_model import LanguageModel
 from .rows import TextRows
 
@@ -28,7 +31,7 @@ class Clean:
     """Gradient × input of each position, summed over channels."""
 
 
-def run_clean(model: LanguageModel, site: int, ids: list[list[int]]) -> Clean:
+def run_clean(model: LanguageModel, site: str, ids: list[list[int]]) -> Clean:
     """Run a batch up to the site, then from the site on with gradients.
 
     Raises
@@ -60,3 +63,28 @@ def salient_row(rows: TextRows, attribution: Float64[np.ndarray, " seq"]) -> int
         return None
     scores = [abs(float(attribution[rows.positions(int(number))].sum())) for number in ordinary]
     return int(ordinary[int(np.argmax(scores))])
+
+
+def stored_salient_rows(cache: Cache, texts: Sequence[TextRows], site: str) -> list[int | None]:
+    """What `salient_row` gives, by the saliency that the cache holds; `None` also where the model could not be run.
+
+    Raises
+    ------
+    ConfigError
+        Where the cache holds no saliency, or one of another site.
+    """
+    saliency = cache.column("saliency")
+    settings = cache.manifest.identity.get("settings")
+    held = settings.get("saliency_site") if isinstance(settings, Mapping) else None
+    if held != site:
+        raise ConfigError(
+            f"the saliency in {cache.path} is of {held}, and concepts are removed at {site}: use --saliency gradient, "
+            f"or extract with --saliency-site {site.removeprefix('hidden.')}"
+        )
+    result: list[int | None] = []
+    for rows in texts:
+        ordinary = rows.ordinary()
+        scores = np.abs(saliency[rows.row[ordinary]])
+        known = len(scores) > 0 and bool(np.isfinite(scores).all())
+        result.append(int(ordinary[int(np.argmax(scores))]) if known else None)
+    return result

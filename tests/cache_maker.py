@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from clvq.cache.encoding import channel_scale
+from clvq.cache.extraction import Extraction, Shard
 from clvq.cache.layout import (
+    ALL_COLUMNS,
     MANIFEST,
     ROW_COLUMNS,
+    SALIENCY_COLUMNS,
     TEXTUAL_COLUMNS,
     UNFINISHED,
     Encoding,
@@ -25,7 +28,7 @@ from clvq.cache.layout import (
 )
 from clvq.cache.placement import Placement, place
 from clvq.cache.verify import verify
-from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.cache.writer import CacheWriter
 from clvq.errors import CacheIncomplete
 
 CLASSES = ["bad", "good", "none"]
@@ -50,6 +53,7 @@ class Known:
     columns: dict[str, np.ndarray]
     logits: np.ndarray | None
     splits: list[str]
+    convergence: np.ndarray | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -80,6 +84,7 @@ class Known:
             rows={name: values[part] for name, values in self.columns.items()},
             texts=int(last - first),
             logits=None if self.logits is None else self.logits[first:last],
+            convergence=None if self.convergence is None else self.convergence[first:last],
         )
 
     def texts(self) -> pa.Table:
@@ -119,6 +124,7 @@ def known(
     chunk_rows: int = 32,
     columns: tuple[str, ...] = tuple(ROW_COLUMNS),
     predictions: bool = True,
+    saliency: bool = False,
     seed: int = 0,
 ) -> Known:
     """Contents of a cache whose shards have several chunks and unused places on both axes."""
@@ -139,6 +145,16 @@ def known(
         "char_end": within * 5 + 4,
         "special": np.where(within == 0, 1, np.where(last, 2, 0)),
     }
+    vectors = {
+        name: (generator.normal(size=(rows, width)) * np.exp(generator.normal(size=width))).astype(np.float32)
+        for name, (width, _) in widths.items()
+    }
+    logits = generator.normal(size=(texts, len(CLASSES))).astype(np.float32) if predictions else None
+    splits = generator.choice(["train", "dev"], texts).tolist()
+    # Drawn last, so that nothing else depends on whether they are there.
+    contents |= {name: generator.normal(size=rows) for name in SALIENCY_COLUMNS}
+    if saliency:
+        columns = (*columns, *SALIENCY_COLUMNS)
     return Known(
         extraction=Extraction(
             identity={"model": {"name": "tiny", "commit": None}, "sites": list(widths), "length": 128},
@@ -149,13 +165,11 @@ def known(
         ),
         placement=placement,
         counts=counts,
-        vectors={
-            name: (generator.normal(size=(rows, width)) * np.exp(generator.normal(size=width))).astype(np.float32)
-            for name, (width, _) in widths.items()
-        },
-        columns={name: contents[name].astype(ROW_COLUMNS[name][0]) for name in columns},
-        logits=generator.normal(size=(texts, len(CLASSES))).astype(np.float32) if predictions else None,
-        splits=generator.choice(["train", "dev"], texts).tolist(),
+        vectors=vectors,
+        columns={name: contents[name].astype(ALL_COLUMNS[name][0]) for name in columns},
+        logits=logits,
+        splits=splits,
+        convergence=generator.normal(size=texts).astype(np.float32) if saliency else None,
     )
 
 

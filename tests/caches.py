@@ -6,9 +6,10 @@ from pathlib import Path
 import clvq
 import numpy as np
 import pyarrow as pa
+from clvq.cache.extraction import Extraction, Shard
 from clvq.cache.layout import ROW_COLUMNS, SiteLayout
 from clvq.cache.placement import place
-from clvq.cache.writer import CacheWriter, Extraction, Shard
+from clvq.cache.writer import CacheWriter
 
 LOWER, UPPER = "hidden.1", "hidden.2"
 

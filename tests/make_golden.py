@@ -57,6 +57,16 @@ def _few() -> tuple[Known, pa.Table]:
     return made, made.texts().drop_columns("text")
 
 
+def _saliency() -> tuple[Known, pa.Table]:
+    """Saliency by integrated gradients, and a text that the model could not be run on."""
+    made = known(texts=10, longest=24, widths={"hidden.8": (3, "bf16")}, saliency=True, seed=9)
+    settings = {"saliency": "ig", "saliency_site": "hidden.8", "saliency_steps": 50, "saliency_baseline": "pad"}
+    assert made.logits is not None
+    assert made.convergence is not None
+    made.logits[2], made.convergence[2] = np.nan, np.nan
+    return made.with_identity(settings=settings), made.texts()
+
+
 def _read_back(values: np.ndarray, encoding: Encoding, scale: np.ndarray | None) -> np.ndarray:
     """What is read where these values were stored, as the page on the format has it."""
     if encoding == "int8":
@@ -96,6 +106,7 @@ def _expected(made: Known, texts: pa.Table, path: Path) -> dict[str, Any]:
         "predictions": None
         if made.logits is None
         else [None if np.isnan(row).any() else int(row.argmax()) for row in made.logits],
+        "convergence": None if made.convergence is None else _packed(made.convergence),
         "texts": texts.to_pylist(),
         "splits": {name: made.splits.count(name) for name in sorted(set(made.splits))},
     }
@@ -114,7 +125,7 @@ def main() -> None:
     """Write the archives and `expected.json`."""
     GOLDEN.mkdir(exist_ok=True)
     expected = {}
-    for name, (made, texts) in {"whole": _whole(), "few": _few()}.items():
+    for name, (made, texts) in {"whole": _whole(), "few": _few(), "saliency": _saliency()}.items():
         with tempfile.TemporaryDirectory() as folder:
             _write(made, texts, Path(folder) / "cache")
             expected[name] = _expected(made, texts, Path(folder) / "cache")

@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 import zarr
 from clvq import Cache
-from clvq.cache.layout import ROW_COLUMNS, TEXTUAL_COLUMNS, read_manifest, sealed_json
+from clvq.cache.layout import ALL_COLUMNS, TEXTUAL_COLUMNS, read_manifest, sealed_json
 from clvq.cache.shard_file import read_record
 from clvq.cache.verify import verify
 
@@ -49,7 +49,7 @@ def unpacked(text: str, width: int) -> np.ndarray:
 
 
 def test_there_are_golden_caches_of_this_version_with_all_that_there_can_be() -> None:
-    assert NAMES == ["v1-few", "v1-whole"]
+    assert NAMES == ["v1-few", "v1-saliency", "v1-whole"]
     assert sum(file.stat().st_size for file in GOLDEN.iterdir()) < 150_000
 
 
@@ -70,9 +70,11 @@ def test_vectors_columns_and_logits_are_what_went_in(path: Path, expected: dict[
         assert cache.column(column)[places].tolist() == values
         unused = np.delete(cache.column(column), places)
         assert len(unused)
-        assert (unused == ROW_COLUMNS[column][1]).all()
+        assert np.array_equal(unused, np.full(len(unused), ALL_COLUMNS[column][1]), equal_nan=True)
     if expected["logits"]:
         assert np.array_equal(cache.logits(), unpacked(expected["logits"], 3), equal_nan=True)
+    if expected["convergence"]:
+        assert np.array_equal(cache.convergence_delta(), unpacked(expected["convergence"], 1)[:, 0], equal_nan=True)
 
 
 def test_texts_and_splits_are_what_went_in(path: Path, expected: dict[str, Any]) -> None:
@@ -108,6 +110,10 @@ def test_zarr_and_tensorstore_read_the_same_vectors(path: Path, expected: dict[s
     if expected["logits"]:
         texts = pq.read_table(path / "texts.parquet")["text_id"].to_pylist()
         assert np.array_equal(read("texts/logits")[texts], unpacked(expected["logits"], 3), equal_nan=True)
+    if expected["convergence"]:
+        texts, found = Cache(path).texts["text_id"].to_pylist(), read("texts/convergence_delta")
+        assert np.array_equal(found[texts], unpacked(expected["convergence"], 1)[:, 0], equal_nan=True)
+        assert np.isnan(np.delete(found, texts)).all()
 
 
 def test_manifest_and_records_come_back_to_the_last_byte(path: Path) -> None:
@@ -142,5 +148,5 @@ def test_all_that_a_cache_may_have_is_in_one_of_them() -> None:
             assert manifest["geometry"]["shard_rows"] > manifest["geometry"]["chunk_rows"]
     assert {"bf16", "fp16", "fp32", "int8", "no predictions", "no texts", "parent"} <= held
     assert {f"activations.zarr/{kind}/SITE/zarr.json" for kind in ("sites", "scales", "channel_scale")} <= held
-    assert {f"activations.zarr/rows/{column}/zarr.json" for column in ROW_COLUMNS} <= held
-    assert "activations.zarr/texts/logits/zarr.json" in held
+    assert {f"activations.zarr/rows/{column}/zarr.json" for column in ALL_COLUMNS} <= held
+    assert {f"activations.zarr/texts/{name}/zarr.json" for name in ("logits", "convergence_delta")} <= held

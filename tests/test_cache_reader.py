@@ -13,7 +13,7 @@ import tensorstore
 import torch
 import zarr
 from clvq import Cache
-from clvq.cache.layout import ROW_COLUMNS, TEXTS, TEXTUAL_COLUMNS, Encoding, FileEntry, sealed_json
+from clvq.cache.layout import ALL_COLUMNS, TEXTS, TEXTUAL_COLUMNS, Encoding, FileEntry, sealed_json
 from clvq.cache.texts_file import texts_parquet
 from clvq.errors import CacheCorrupt, ConfigError
 
@@ -33,7 +33,7 @@ TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 @pytest.fixture(scope="module")
 def made() -> Known:
     """The contents of the cache."""
-    return known(widths=SITES)
+    return known(widths=SITES, saliency=True)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,11 @@ def arrays(cache: Cache) -> Iterator[tuple[str, np.ndarray]]:
         if encoding == "int8":
             for name, count in ((f"scales/{site}", len(places)), (f"channel_scale/{site}", width)):
                 yield name, cache.files.read(name, cache.layouts[name], np.arange(count))
-    for column in ROW_COLUMNS:
+    for column in ALL_COLUMNS:
         yield f"rows/{column}", cache.column(column)
     texts = np.arange(cache.manifest.geometry.text_places)
-    yield "texts/logits", cache.files.read("texts/logits", cache.layouts["texts/logits"], texts)
+    for name in ("texts/logits", "texts/convergence_delta"):
+        yield name, cache.files.read(name, cache.layouts[name], texts)
 
 
 def test_zarr_and_tensorstore_see_the_same_bits_in_every_array_unused_places_included(cache: Cache) -> None:
@@ -77,7 +78,7 @@ def test_zarr_and_tensorstore_see_the_same_bits_in_every_array_unused_places_inc
             assert theirs.shape == ours.shape
             assert theirs.tobytes() == ours.tobytes()
         seen += 1
-    assert seen == len(SITES) + 2 + len(ROW_COLUMNS) + 1
+    assert seen == len(SITES) + 2 + len(ALL_COLUMNS) + 2
 
 
 def test_zarr_sees_groups_names_and_encodings(cache: Cache) -> None:
@@ -107,14 +108,15 @@ def test_int8_vectors_are_what_zarr_reads_times_the_scales_of_row_and_channel(ma
 
 
 def test_columns_and_logits_are_what_was_written(made: Known, cache: Cache) -> None:
-    for column, (dtype, fill) in ROW_COLUMNS.items():
+    for column, (dtype, fill) in ALL_COLUMNS.items():
         unused = np.ones(made.geometry.row_places, dtype=bool)
         unused[made.places] = False
         assert unused.any()
         assert cache.column(column).dtype == dtype
         assert np.array_equal(cache.column(column)[made.places], made.columns[column])
-        assert (cache.column(column)[unused] == fill).all()
+        assert np.array_equal(cache.column(column)[unused], np.full(unused.sum(), fill), equal_nan=True)
     assert np.array_equal(cache.logits(), made.logits)
+    assert np.array_equal(cache.convergence_delta(), made.convergence)
 
 
 def test_rows_in_any_order_and_repeated_are_the_rows_asked_for(made: Known, cache: Cache) -> None:
@@ -223,7 +225,7 @@ def test_every_flipped_bit_in_any_array_is_detected_by_reading(cache: Cache, cop
         with pytest.raises(CacheCorrupt, match="is damaged: "):
             damaged.files.read(name, layout, np.arange(layout.shard) + int(shard) * layout.shard)
         file.write_bytes(data)
-    assert len(list(arrays(Cache(copy)))) == len(SITES) + 2 + len(ROW_COLUMNS) + 1
+    assert len(list(arrays(Cache(copy)))) == len(SITES) + 2 + len(ALL_COLUMNS) + 2
 
 
 def test_a_file_cut_anywhere_is_detected_by_reading(copy: Path) -> None:
@@ -308,7 +310,7 @@ def test_every_file_but_the_manifest_is_found_by_local(cache: Cache, made: Known
     split = Elsewhere(tmp_path, cache.path)
     assert split.texts.equals(cache.texts)
     for (_, ours), (_, wanted) in zip(arrays(split), arrays(cache), strict=True):
-        assert np.array_equal(ours, wanted)
+        assert ours.tobytes() == wanted.tobytes()
     assert np.array_equal(split.logits(), cache.logits())
     read = {name for name in cache.manifest.entries if "/c/" in name or name == TEXTS}
     assert split.asked == read
@@ -331,12 +333,13 @@ def in_shards(made: Known, *numbers: int) -> np.ndarray:
 
 def test_rows_of_absent_shards_count_as_unused(made: Known, cache: Cache, partial: Cache) -> None:
     gone = np.isin(np.arange(made.geometry.row_places) // made.geometry.shard_rows, [1, 3])
-    for name, (_, fill) in ROW_COLUMNS.items():
-        assert (partial.column(name)[gone] == fill).all()
-        assert np.array_equal(partial.column(name)[~gone], cache.column(name)[~gone])
+    for name, (_, fill) in ALL_COLUMNS.items():
+        assert np.array_equal(partial.column(name)[gone], np.full(gone.sum(), fill), equal_nan=True)
+        assert np.array_equal(partial.column(name)[~gone], cache.column(name)[~gone], equal_nan=True)
     lost = in_shards(made, 1, 3)[np.cumsum(made.counts) - 1]
     assert lost.any()
     assert np.isnan(partial.logits()[lost]).all()
+    assert np.isnan(partial.convergence_delta()[lost]).all()
     assert np.array_equal(partial.logits()[~lost], cache.logits()[~lost])
 
 
@@ -437,7 +440,7 @@ def test_the_reader_on_the_format_page_reads_what_this_one_reads(cache: Cache, m
     seen: dict[str, np.ndarray] = {}
     exec(code.replace("my-cache", str(cache.path)).replace("hidden.8", "hidden.1"), seen)
     assert np.array_equal(seen["vectors"], cache.vectors("hidden.1", made.places))
-    for file in [*cache.manifest.model_fields_set, *ROW_COLUMNS]:
+    for file in [*cache.manifest.model_fields_set, *ALL_COLUMNS]:
         assert f"`{file}`" in page
 
 

@@ -24,7 +24,8 @@ from clvq.trainer.run import Run
 
 from . import tiny
 
-SITE = 1
+LAYER = 1
+SITE = f"hidden.{LAYER}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def test_the_model_read_out_equals_a_plain_hooked_model(
 
         def answer(hidden_change: Any, tokens: Any = tokens) -> np.ndarray:
             layers = model.bert.encoder.layer if study.family == "bert" else model.model.layers
-            hook = layers[SITE].register_forward_pre_hook(hidden_change)
+            hook = layers[LAYER].register_forward_pre_hook(hidden_change)
             with torch.no_grad():
                 logits = model(**tokens).logits[0].double()
             hook.remove()
@@ -253,7 +254,9 @@ def test_what_cannot_be_ablated_is_refused_with_what_to_do(study: Study, small_c
     with pytest.raises(ConfigError, match="is not empty and holds no ablation"):
         _ablate(study, tmp_path / "d")
     with pytest.raises(ConfigError, match=r"no block lies above hidden\.3"):
-        study.model.logits_from(3, torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2) > 0)
+        study.model.logits_from(
+            "hidden.3", torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2) > 0
+        )
 
 
 def test_training_texts_are_counted_when_they_are_evaluated(study: Study, tmp_path: Path):
@@ -357,8 +360,8 @@ def test_another_tokenizer_than_the_caches_is_refused(study: Study, tmp_path: Pa
     source = type(study.model.source)
     real = source.tokenize
 
-    def shifted(self: Any, texts: Any, *, max_length: int) -> Any:
-        return real(self, [f"a {text}" for text in texts], max_length=max_length)
+    def shifted(self: Any, texts: Any, **settings: Any) -> Any:
+        return real(self, [f"a {text}" for text in texts], **settings)
 
     monkeypatch.setattr(source, "tokenize", shifted)
     with pytest.raises(ModelError, match=r"tokenises text \d+ of .* differently than when the cache was made"):
@@ -411,3 +414,33 @@ def test_a_kill_while_a_result_is_replaced_leaves_no_old_table_beside_new_texts(
 
 def test_examples_of_a_concept_are_single_lines():
     assert _shorten("one\n\ttwo ", "a\u2028b", " three\r\nfour") == ("one two ", "a b", " three four")
+
+
+def test_stored_saliency_finds_the_same_salient_rows_without_the_model(study: Study, tmp_path: Path):
+    def no_model() -> Any:
+        raise AssertionError("nothing needs the model")
+
+    found = {}
+    for site in ("hidden.1", "hidden.2"):
+        plan = tiny.plan_of(
+            study.model_folder, study.cache.path.parent / "data", rows="word", task="classify",
+            saliency="gradient", saliency_site=site,
+        )  # fmt: skip
+        tiny.run(plan, tmp_path / site)
+        found[site] = clvq.Cache(tmp_path / site)
+    # The run was trained on a cache without saliency, whose vectors are the same.
+    config = AblateConfig(read_outs=("probe",), saliency="stored")
+    ablate(found["hidden.1"], {"run": study.run_folder}, tmp_path / "stored", no_model, config)
+    _ablate(study, tmp_path / "gradient", read_outs=("probe",))
+    stored, computed = (_table(tmp_path / name, removed="own code") for name in ("stored", "gradient"))
+    assert stored
+    assert [row["concept"] for row in stored] == [row["concept"] for row in computed]
+    both = AblateConfig(read_outs=("model",), saliency="stored")
+    ablate(found["hidden.1"], {"run": study.run_folder}, tmp_path / "model", lambda: study.model, both)
+    _ablate(study, tmp_path / "by gradient", read_outs=("model",))
+    # As text, in which what is not a number equals itself.
+    assert str(_table(tmp_path / "model")) == str(_table(tmp_path / "by gradient"))
+    with pytest.raises(ConfigError, match=r"is of hidden.2, and concepts are removed at hidden.1"):
+        ablate(found["hidden.2"], {"run": study.run_folder}, tmp_path / "other", no_model, config)
+    with pytest.raises(ConfigError, match="holds no saliency"):
+        _ablate(study, tmp_path / "none", saliency="stored")
