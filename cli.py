@@ -17,6 +17,8 @@ from rich.table import Table
 
 from . import __version__
 from .cli_cache import cache_app
+from .cli_extract import extract
+from .cli_rationales import rationales
 from .errors import ClvqError, Interrupted
 from .options import (
     Device,
@@ -36,7 +38,6 @@ from .terminal import print_json, progress_bars, put, say, show
 if TYPE_CHECKING:
     from .evaluation.ablate import AblateResult, Line
     from .pipeline.language_model import LanguageModel
-    from .pipeline.plan import Plan
 
 app = typer.Typer(
     name="clvq",
@@ -47,6 +48,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(extract)
+app.command()(rationales)
 app.add_typer(cache_app, name="cache")
 
 
@@ -74,93 +77,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         put(__version__)
         raise typer.Exit
-
-
-@app.command()
-def extract(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model: a local folder, or a name on the Hub.")],
-    data: Annotated[
-        str, typer.Argument(help="A .jsonl, .csv, .parquet or .txt file, a folder of them, or a Hub name.")
-    ],
-    sites: Annotated[str, typer.Option(help="Layers to read, such as 8,12; 0 is the embeddings.")],
-    out: Annotated[Path, typer.Option(help="The cache to write.")],
-    rows: Annotated[str, typer.Option(help="What a row is: token or word.")] = "token",
-    pool: Annotated[str, typer.Option(help="A word's vector: its last sub-word's (last) or their mean.")] = "last",
-    split: Annotated[str, typer.Option(help="Splits to read, such as train,dev; all where not given.")] = "",
-    train_split: Annotated[str, typer.Option(help="The split that the word filters apply to.")] = "train",
-    text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
-    label_field: Annotated[str | None, typer.Option(help="Field with the label; 'label' where there is one.")] = None,
-    keep_fields: Annotated[str, typer.Option(help="Other fields to keep, such as evidence,doc.")] = "",
-    subset: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    max_texts: Annotated[int | None, typer.Option(min=1, help="A seeded sample of so many texts per split.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which texts are cut; the window.")] = None,
-    min_count: Annotated[int, typer.Option(min=1, help="Keep words seen so often in the training split.")] = 1,
-    max_occurrences: Annotated[int | None, typer.Option(min=1, help="Keep so many occurrences of a word.")] = None,
-    occurrences: Annotated[str, typer.Option(help="Which occurrences: random, or first (as published).")] = "random",
-    encoding: Annotated[str, typer.Option(help="bf16, fp16, fp32 or int8.")] = "bf16",
-    task: Annotated[str, typer.Option(help="none, or classify to store the model's predictions.")] = "none",
-    dtype: Annotated[str, typer.Option(help="Type to compute in: auto, float32, bfloat16, float16.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Token slots in a batch.")] = 4096,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan: rows, bytes, free disk.")] = False,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Run a model once and write its activations into a cache. Run again to resume."""
-    from .pipeline.data import read_texts
-    from .pipeline.extract import check_disk
-    from .pipeline.extract import extract as run_extract
-    from .pipeline.plan import ExtractConfig, make_plan
-    from .pipeline.source import find_model
-
-    where = device_of(device)
-    source = find_model(model, revision=revision)
-    config = settings_of(
-        ExtractConfig,
-        sites=tuple(source.sites(names(sites))),
-        rows=rows,
-        pool=pool,
-        min_count=min_count,
-        max_occurrences=max_occurrences,
-        occurrences=occurrences,
-        train_split=train_split,
-        max_length=max_length or source.window,
-        encoding=encoding,
-        task=task,
-        dtype=("float32" if where.type == "cpu" else "bfloat16") if dtype == "auto" else dtype,
-        batch_tokens=batch_tokens,
-        seed=seed,
-    )
-    texts = read_texts(
-        data,
-        splits=names(split),
-        text_field=text_field,
-        label_field=label_field,
-        keep_fields=names(keep_fields),
-        max_texts=max_texts,
-        subset=subset,
-        seed=seed,
-    )
-    with progress_bars() as progress:
-        plan = make_plan(source, texts, config, progress=progress)
-        if dry_run:
-            figures = _plan_figures(plan, out)
-        else:
-            result = run_extract(
-                plan,
-                out,
-                lambda: load_model(source, task=config.task, dtype=config.dtype, device=where),
-                progress=progress,
-                force=force,
-            )
-            figures = asdict(result)
-            figures |= figures.pop("counts")
-            figures["rows_per_second"] = result.rows / result.seconds if result.shards_done_before == 0 else None
-    show(figures, as_json=as_json, title="plan" if dry_run else "cache")
-    if dry_run:
-        check_disk(plan, out)
 
 
 @app.command()
@@ -212,6 +128,7 @@ def ablate(
     read_out: Annotated[str, typer.Option(help="model, probe or both: model,probe.")] = "model,probe",
     removal: Annotated[str, typer.Option(help="projection (as published), centred, or both.")] = "projection,centred",
     rows_changed: Annotated[str, typer.Option(help="Rows that lose their concept: salient, cls or all.")] = "salient",
+    saliency: Annotated[str, typer.Option(help="The salient row by gradient, or as stored in the cache.")] = "gradient",
     split: Annotated[str, typer.Option(help="Splits to evaluate; else the texts that the runs held out.")] = "",
     max_texts: Annotated[int | None, typer.Option(min=1, help="Evaluate a seeded sample of so many texts.")] = None,
     seed: Seed = 0,
@@ -231,6 +148,7 @@ def ablate(
         read_outs=tuple(names(read_out)),
         removals=tuple(names(removal)),
         rows_changed=rows_changed,
+        saliency=saliency,
         split=tuple(names(split)),
         max_texts=max_texts,
         seed=seed,
@@ -239,7 +157,7 @@ def ablate(
 
     def load() -> "LanguageModel":
         source = model_of(identity["model"], model, what=str(cache))
-        return load_model(source, task="classify", dtype=identity["settings"]["dtype"], device=where)
+        return load_model(source, identity["settings"], device=where)
 
     called = [path.resolve().name for path in runs]
     labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
@@ -296,22 +214,6 @@ def demo(
         put(f"  {program} {command}")
 
 
-def _plan_figures(plan: "Plan", out: Path) -> dict[str, Any]:
-    from .cache.files import free_bytes
-
-    geometry = plan.placement.geometry
-    return {
-        "sites": list(plan.config.sites),
-        "rows": geometry.rows,
-        "shards": geometry.shards,
-        "rows_per_shard": geometry.shard_rows,
-        **plan.counts,
-        "bytes_at_most": plan.bytes_at_most(),
-        "bytes_expected": plan.bytes_expected(),
-        "bytes_free": free_bytes(out),
-    }
-
-
 def _print_ablation(result: "AblateResult") -> None:
     runs = {line.run for line in result.lines if line.run}
     columns = "run,read-out,removal,removed,accuracy,flipped,probability lost,norm removed,own code − this"
@@ -352,6 +254,8 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Dask tells of every worker that it ends and starts; what matters of it, the extraction's own errors say.
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 

@@ -40,6 +40,7 @@ def info(
         "bytes": sum(entry.bytes for entry in manifest.entries.values()),
         "splits": {name: f"{part.texts:,} texts, {part.rows:,} rows" for name, part in manifest.splits.items()},
         "sites": sites,
+        **({"convergence_delta": plain["convergence"]} if manifest.convergence else {}),
         "class_names": manifest.class_names,
         "counts": manifest.counts,
         **manifest.identity,
@@ -97,12 +98,11 @@ def repair(
                 manifest, _ = read_manifest(path)
                 identity: dict[str, Any] = manifest.identity
                 source = model_of(identity["model"], model, what=str(path))
-                task, dtype = identity["settings"]["task"], identity["settings"]["dtype"]
                 remake = Extractor(
                     manifest,
                     source,
                     data,
-                    lambda: load_model(source, task=task, dtype=dtype, device=where),
+                    lambda: load_model(source, identity["settings"], device=where),
                     progress=progress,
                 )
             result = run_repair(path, remake, accept_new_bytes=accept_new_bytes, progress=progress)

@@ -28,10 +28,12 @@ from .cache.reader import Cache
 from .errors import ConfigError, MissingExtra
 from .evaluation.ablate import AblateConfig, AblateResult, ConceptEffect, ablate
 from .evaluation.concepts import Concept, describe
+from .pipeline.batches import batches
+from .pipeline.config import ExtractConfig
 from .pipeline.data import read_texts
 from .pipeline.extract import extract
 from .pipeline.language_model import LanguageModel, loading_quietly
-from .pipeline.plan import ExtractConfig, batches, make_plan
+from .pipeline.plan import make_plan
 from .pipeline.source import ModelSource, find_model
 from .progress import SILENT, Progress
 from .trainer.config import preset_config, with_overrides
@@ -207,21 +209,21 @@ def _fine_tune(
 ) -> float:
     """Train on the texts that are marked; the accuracy on the others."""
     lengths = np.array([len(part) for part in ids])
-    fixed: dict[int, Tensor] = {}
+    site, fixed = f"hidden.{LOWER}", dict[int, Tensor]()
     plan = list(batches(lengths, slots=_SLOTS))
     progress.begin("read blocks below", len(ids), "texts")
     for batch in plan:
         padded, mask = model.pad([ids[number].tolist() for number in batch])
         with torch.no_grad():
-            states, _ = model.read(padded, mask, [LOWER])
+            states, _ = model.read(padded, mask, [site])
         for place, number in enumerate(batch.tolist()):
-            fixed[number] = states[LOWER][place, : lengths[number]].clone()
+            fixed[number] = states[site][place, : lengths[number]].clone()
         progress.advance(len(batch))
 
     def logits(batch: Int64[np.ndarray, " batch"]) -> Tensor:
         padded, mask = model.pad([ids[number].tolist() for number in batch])
         hidden = torch.nn.utils.rnn.pad_sequence([fixed[number] for number in batch.tolist()], batch_first=True)
-        return model.logits_from(LOWER, hidden, padded, mask)
+        return model.logits_from(site, hidden, padded, mask)
 
     parameters = [
         parameter

@@ -86,6 +86,13 @@ def device_of(name: str) -> "torch.device":
     return device
 
 
+def set_threads(count: int) -> None:
+    """The threads of torch that `--threads` gives."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def model_of(made_with: dict[str, Any], given: str | None, *, what: str) -> "ModelSource":
     """The model that a cache was made with, from the folder given or from the Hub, its weights compared."""
     from .pipeline.source import find_model
@@ -99,8 +106,15 @@ def model_of(made_with: dict[str, Any], given: str | None, *, what: str) -> "Mod
     return source
 
 
-def load_model(source: "ModelSource", *, task: Any, dtype: Any, device: "torch.device") -> "LanguageModel":
-    """The model itself, on a device."""
-    from .pipeline.language_model import LanguageModel
+def load_model(source: "ModelSource", settings: dict[str, Any], *, device: "torch.device") -> "LanguageModel":
+    """The model itself, with the head that a cache was made with; `settings` are those in the cache's identity."""
+    from pydantic import ValidationError
 
-    return LanguageModel(source, task=task, dtype=dtype, device=device)
+    from .pipeline.config import ExtractConfig
+    from .pipeline.forward import load_model as load
+
+    try:
+        config = ExtractConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"the cache was made with settings that this clvq does not know: {error}") from error
+    return load(source, config, device=device)

@@ -194,6 +194,18 @@ MISTAKES = {
         ["extract", "{model}", "{data}", "--sites", "1", "--rows", "sentence", "--out", "{tmp}/c"],
         r"error: --rows sentence: input should be 'token' or 'word'",
     ),
+    "a prompt without its task": (
+        ["extract", "{model}", "{data}", "--sites", "1", "--answers", "no,yes", "--out", "{tmp}/c"],
+        r"error: --answers is for --task prompt, and --task is none",
+    ),
+    "a task without its prompt": (
+        ["extract", "{model}", "{data}", "--sites", "1", "--task", "prompt", "--out", "{tmp}/c"],
+        r"error: --task prompt needs --prompt FILE and --answers, such as --answers negative,positive",
+    ),
+    "an unknown policy": (
+        ["extract", "{model}", "{data}", "--sites", "1", "--special", "hide", "--out", "{tmp}/c"],
+        r"error: --special hide: input should be 'mark', 'keep' or 'drop'",
+    ),
     "other settings": (
         ["extract", "{model}", "{data}", "--sites", "1,3", "--rows", "token", "--max-length", 32, "--out", "{cache}"],
         r"error: .*cache holds an extraction with other settings \(.*settings.rows: \"word\" there, \"token\" now.*"

@@ -20,8 +20,9 @@ import pytest
 import torch
 from clvq.cache.files import only_writer
 from clvq.cache.verify import verify
-from clvq.errors import CacheIncomplete, DataError, DiskFull, FolderInUse, Interrupted, ResumeMismatch
+from clvq.errors import CacheIncomplete, DataError, DiskFull, FolderInUse, Interrupted, ModelError, ResumeMismatch
 from clvq.pipeline.extract import check_disk, extract
+from clvq.pipeline.language_model import LanguageModel
 from clvq.pipeline.words import find_words
 from clvq.progress import Silent
 from numpy.typing import NDArray
@@ -336,11 +337,59 @@ def test_values_that_are_not_finite_are_named_by_text(tiny_model: TinyModel, tmp
     file.write_text("fine\nalso fine\nz\nfine again\n")
     message = (
         "broken gives values at hidden.1 that are not finite numbers, for row 2 of split 'dev': "
-        "try --dtype float32, or drop the text"
+        "try --dtype float32, or drop the text (1 shard could not be made; 0 of 1 were, and are kept)"
     )
     with pytest.raises(DataError) as caught:
         run(plan_of(folder, file), tmp_path / "cache")
     assert str(caught.value) == message
+
+
+def test_a_text_that_the_model_fails_on_is_named(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = LanguageModel.read
+    file = tmp_path / "dev.txt"
+    file.write_text("fine\nalso fine\nqqqq\nfine again\nqqqq once more\n")
+    plan = plan_of(tiny_model("bert"), file)
+    letter = int(plan.source.tokenize(["q"], max_length=8)[0].ids[1])
+
+    def failing(self: LanguageModel, ids: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        if (ids == letter).any():
+            raise IndexError("a long story\nof the model's own")
+        return read(self, ids, *others, **settings)
+
+    monkeypatch.setattr(LanguageModel, "read", failing)
+    with pytest.raises(
+        DataError, match=r"fails on row \d of split 'dev', row \d of split 'dev' \(IndexError: a long"
+    ) as e:
+        run(plan, tmp_path / "cache")
+    assert {"row 2 of", "row 4 of"} == set(re.findall(r"row \d of", str(e.value)))
+    assert not list((tmp_path / "cache").glob("records/*"))
+    assert "drop or mend the text (1 shard could not be made" in str(e.value)
+
+
+def test_a_batch_that_fails_though_no_text_does_is_an_error_of_the_model(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = LanguageModel.read
+    file = tmp_path / "dev.txt"
+    file.write_text("fine\nfine\n")
+    failure: list[Exception] = [RuntimeError("too many")]
+
+    def failing(self: LanguageModel, ids: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        if len(ids) > 1:
+            raise failure[0]
+        return read(self, ids, *others, **settings)
+
+    plan = plan_of(tiny_model("bert"), file)
+    monkeypatch.setattr(LanguageModel, "read", failing)
+    with pytest.raises(ModelError, match=r"fails on a batch of 2 texts: RuntimeError: too many$"):
+        run(plan, tmp_path / "cache")
+    failure[0] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(
+        ModelError, match=r"memory is too small for batches of 256 token slots: give a smaller --batch-to"
+    ):
+        run(plan, tmp_path / "cache")
 
 
 def test_a_model_that_overflows_everywhere_is_named_too(tiny_model: TinyModel, tmp_path: Path) -> None:
