@@ -50,7 +50,9 @@ def extract(
     saliency_steps: Annotated[int, typer.Option(min=1, help="Steps of integrated gradients.")] = 50,
     saliency_baseline: Annotated[str, typer.Option(help="Where they begin: pad, zero or published.")] = "pad",
     dtype: Annotated[str, typer.Option(help="Type to compute in: auto, float32, bfloat16, float16.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Token slots in a batch.")] = 4096,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Token slots in a batch; 1024, or 16384 on a GPU.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Make the shards in so many processes.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Make them on a Dask cluster, such as tcp://host:8786.")] = None,
     shard_range: Annotated[str | None, typer.Option(help="Make part i of n, such as 2/8, beside others.")] = None,
@@ -100,7 +102,7 @@ def extract(
             source, chosen, kind=saliency, site=saliency_site, steps=saliency_steps, baseline=saliency_baseline
         ),
         dtype=("float32" if where.type == "cpu" else "bfloat16") if dtype == "auto" else dtype,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or (1024 if where.type == "cpu" else 16384),
         seed=seed,
     )
     texts = read_texts(

@@ -1,9 +1,10 @@
-"""What every benchmark shares: the header that makes a number worth quoting, and alternated timing."""
+"""What every benchmark shares: the header that makes a number worth quoting, alternated timing, peak memory."""
 
 import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -56,3 +57,28 @@ def report(title: str, seconds: dict[str, list[float]], *, ours: str, amount: in
             f"  {name:<48} {amount / median:>12,.0f} {unit}/s   {min(values):7.2f}–{max(values):.2f} s"
             f"   ours is {median / base:5.2f} × as fast"
         )
+
+
+class Peak:
+    """The largest anonymous memory of this process, in MB, while the block runs."""
+
+    def __enter__(self) -> "Peak":
+        self.base = self.largest = anonymous()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self.largest = max(self.largest, anonymous())
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def anonymous() -> float:
+    """RssAnon of this process in MB."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024

@@ -37,6 +37,9 @@ def unpacked(source: ModelSource, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, **source.gguf_argument)
+    # What is loaded is no longer quantised, but says so still, and would not be saved.
+    model.hf_quantizer = None
+    del model.config.quantization_config
     model.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
     return folder

@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -23,35 +22,10 @@ from clvq.cache.layout import ROW_COLUMNS, SiteLayout
 from clvq.cache.row_stream import RowStream
 from clvq.cache.stream import TextStream
 from clvq.cache.writer import CacheWriter
-from common import header
+from common import Peak, header
 
 WIDTH, TEXT_ROWS = 128, 250
 POOL_BYTES = 64 << 20
-
-
-class Peak:
-    """The largest anonymous memory of this process, in MB, while the block runs."""
-
-    def __enter__(self) -> "Peak":
-        self.base = self.largest = anonymous()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.005):
-            self.largest = max(self.largest, anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def anonymous() -> float:
-    """RssAnon of this process in MB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024
 
 
 def write(path: Path, rows: int) -> None:

@@ -254,14 +254,22 @@ class _Dispatch:
     @contextmanager
     def _connected(self) -> Iterator[None]:
         try:
-            yield
-            if self._client.status not in ("running", "newly-created"):
+            # Asked first: a call would wait for the connection for long.
+            if not self._is_connected:
                 raise CommClosedError(f"the client is {self._client.status}")
-        except (CommClosedError, CancelledError) as error:
+            yield
+        except (OSError, CancelledError) as error:
+            # An error of a worker's disk, say, is none of the connection.
+            if self._is_connected and not isinstance(error, (CommClosedError, CancelledError)):
+                raise
             raise RemoteUnreachable(
                 f"the Dask scheduler is gone ({_first_line(error)}); every finished shard is kept: start it again, and "
                 "run the same command again"
             ) from error
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._client.status in ("running", "newly-created")
 
 
 def _first_line(error: BaseException) -> str:

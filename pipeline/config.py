@@ -48,7 +48,7 @@ class ExtractConfig(BaseModel):
     """The same of the tokens of the prompt around the text."""
     dtype: DTypeName = "float32"
     """Type in which the model computes."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     """Token slots of a batch. Part of the identity, since sums are rounded differently in other batches."""
     saliency: Literal["ig", "gradient"] | None = None
     """Attribute each prediction to the rows by integrated gradients, or by gradient × input."""
