@@ -25,6 +25,8 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/extraction_memory.py
 	$(BIN)/python benchmarks/encodings.py
 	$(BIN)/python benchmarks/writing.py
 	$(BIN)/python benchmarks/reading.py

@@ -133,25 +133,32 @@ def _client(cluster: Cluster) -> Iterator[Any]:
             yield client
         finally:
             # A scheduler that is gone is not waited for.
-            client.close(timeout=5)
+            with suppress(TimeoutError):
+                client.close(timeout=5)
         return
     settings = {
         "distributed.scheduler.worker-ttl": f"{cluster.worker_ttl:g} s",
         "distributed.scheduler.allowed-failures": cluster.allowed_failures,
     }
     with dask.config.set(settings):
-        local = LocalCluster(
-            n_workers=cluster.workers,
-            threads_per_worker=_THREADS_PER_WORKER,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},
-            worker_dashboard_address=None,
-            # Dask would end workers whose model and shards take more than an even share of the memory.
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        )
+        try:
+            local = LocalCluster(
+                n_workers=cluster.workers,
+                threads_per_worker=_THREADS_PER_WORKER,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                worker_dashboard_address=None,
+                # Dask would end workers whose model and shards take more than an even share of the memory.
+                memory_limit=0,
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            raise RemoteUnreachable(
+                f"the workers of this machine do not start ({_first_line(error)}): run the same command again, or try "
+                "without --workers"
+            ) from error
         try:
             with Client(local) as client:
                 # A worker may end just now; the one that takes its place gets the plugin when it starts.
@@ -159,7 +166,9 @@ def _client(cluster: Cluster) -> Iterator[Any]:
                     client.register_plugin(IgnoreInterrupts())
                 yield client
         finally:
-            local.close(timeout=5)
+            # One that was just being replaced may not end in time; it ends with this process, and has nothing to lose.
+            with suppress(TimeoutError):
+                local.close(timeout=10)
 
 
 class _Dispatch:
