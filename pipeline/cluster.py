@@ -7,6 +7,7 @@ way at a time: the scheduler never holds more texts than that.
 
 import logging
 import os
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ _log = logging.getLogger(__name__)
 # One shard being computed, one being written, and one ready to begin.
 _TASKS_PER_WORKER = 3
 _THREADS_PER_WORKER = 2
-# A local worker takes seconds to start; one that does not come within this never does.
-_PATIENCE_SECONDS = 120.0
+# A local worker takes seconds to start. Dask gives one up that ends while it starts; all are started again then.
+_PATIENCE_SECONDS = 45.0
+_STARTS = 3
+# A receipt lies with the worker until it is fetched.
+_RECEIPT_SECONDS = 5
 _PLACING_TRIES = 3
 
 
@@ -92,8 +96,17 @@ def extract_on(
             threads=_threads(cluster),
             versions=versions(),
         )
-        with _quiet(), _client(cluster) as client:
-            _Dispatch(client, order, plan, tally, cluster).run(missing, writer)
+        left, idle = deque(missing), 0
+        while left and idle < _STARTS:
+            before = len(left)
+            with _quiet(), _client(cluster) as client, suppress(_WorkersLost):
+                _Dispatch(client, order, plan, tally, cluster).run(left, writer)
+            idle = idle + 1 if len(left) == before else 0
+        if left:
+            raise RemoteUnreachable(
+                f"the workers of this machine end again and again, and {_STARTS} times before any made a shard: "
+                "see whether the memory is large enough, or try fewer or no --workers"
+            )
 
     return extract_by(make_shards, plan, out, progress=progress, force=force)
 
@@ -166,9 +179,25 @@ def _client(cluster: Cluster) -> Iterator[Any]:
                     client.register_plugin(IgnoreInterrupts())
                 yield client
         finally:
-            # One that was just being replaced may not end in time; it ends with this process, and has nothing to lose.
-            with suppress(TimeoutError):
-                local.close(timeout=10)
+            _end(local)
+
+
+class _WorkersLost(Exception):
+    """Local workers are gone for good; others may be started in their place."""
+
+
+def _end(local: LocalCluster) -> None:
+    """End the workers, also such as are stopped and hear of no friendlier way; they have nothing to lose."""
+    nannies = list(local.workers.values())
+    with suppress(TimeoutError):
+        local.close(timeout=5)
+    for nanny in nannies:
+        if nanny.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(nanny.pid, signal.SIGKILL)
+    # Until this is through, Python would wait for it when it ends.
+    with suppress(TimeoutError):
+        local.close(timeout=10)
 
 
 class _Dispatch:
@@ -182,39 +211,49 @@ class _Dispatch:
         self._warned = False
         self._submitted = 0
 
-    def run(self, missing: list[int], writer: CacheWriter) -> None:
-        """Make the missing shards."""
-        writer.fix_scales(self._scales)
-        waiting, running, again = deque(missing), dict[Any, int](), Counter[int]()
+    def run(self, waiting: deque[int], writer: CacheWriter) -> None:
+        """Make the shards that wait; where that ends early, those that are left wait again."""
+        running, again = dict[Any, int](), Counter[int]()
         try:
+            writer.fix_scales(self._scales)
             while waiting or running:
                 self._count_workers()
                 while waiting and len(running) < _TASKS_PER_WORKER * max(1, self._workers):
                     number = waiting.popleft()
                     running[self._submit(make, self._plan.work(number))] = number
                 for future in self._finished(list(running)):
-                    number = running.pop(future)
+                    number = running[future]
                     try:
-                        self._tally.add(self._result(future, number), workers=float(self._workers))
+                        receipt = self._result(future, number)
+                        del running[future]
+                        self._tally.add(receipt, workers=float(self._workers))
                         writer.done.add(number)
+                    except TimeoutError:
+                        # The receipt was lost with its worker. The task runs again, and finds its shard there.
+                        continue
                     except FolderInUse as error:
                         # A worker that was stopped while it placed its files lets go once it is ended.
+                        del running[future]
                         again[number] += 1
                         if again[number] > _PLACING_TRIES:
                             self._tally.fail(number, DataError(str(error)))
                         else:
                             waiting.append(number)
                     except DataError as error:
+                        del running[future]
                         self._tally.fail(number, error)
         finally:
+            waiting.extend(running.values())
             with suppress(CommClosedError, CancelledError, OSError, TimeoutError):
                 self._client.cancel(list(running))
 
     def _scales(self) -> Any:
         future = self._submit(scales, self._plan.scale_work())
-        while not self._finished([future]):
+        while True:
             self._count_workers()
-        return self._result(future, 0)
+            if self._finished([future]):
+                with suppress(TimeoutError):
+                    return self._result(future, 0)
 
     def _submit(self, function: Any, work: Any) -> Any:
         self._submitted += 1
@@ -234,7 +273,7 @@ class _Dispatch:
     def _result(self, future: Any, number: int) -> Any:
         with self._connected():
             try:
-                return future.result()
+                return future.result(timeout=_RECEIPT_SECONDS)
             except KilledWorker as error:
                 work = self._plan.work(number)
                 raise DataError(
@@ -250,12 +289,10 @@ class _Dispatch:
         with self._connected():
             self._workers = len(self._client.nthreads())
         self._asked = now
-        if self._workers:
+        if self._workers >= (self._cluster.workers or 1):
             self._workers_seen, self._warned = now, False
         elif self._cluster.scheduler is None and now > self._workers_seen + _PATIENCE_SECONDS:
-            raise RemoteUnreachable(
-                f"no worker of this machine came up within {_PATIENCE_SECONDS:.0f} seconds: try without --workers"
-            )
+            raise _WorkersLost
         elif self._cluster.scheduler is not None and now > self._workers_seen + 10 and not self._warned:
             _log.warning("the scheduler at %s has no workers; waiting for some", self._cluster.scheduler)
             self._warned = True
