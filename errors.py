@@ -20,6 +20,7 @@ ClvqError
 ├── RemoteUnsafe (ValueError)           a server on which two writers could overwrite each other
 ├── RunNotFound (FileNotFoundError)     the folder is not a finished run
 ├── RunMismatch (ValueError)            the run belongs to another cache
+├── RanksDiffer (RuntimeError)          processes that train together have drifted apart
 ├── MissingExtra (ImportError)          an optional package is not installed
 └── Interrupted                         Ctrl-C or SIGTERM, after everything was saved
 
@@ -110,6 +111,10 @@ class RunNotFound(ClvqError, FileNotFoundError):
 
 class RunMismatch(ClvqError, ValueError):
     """The run was trained on another cache than the one given."""
+
+
+class RanksDiffer(ClvqError, RuntimeError):
+    """Processes that train one model together no longer hold the same one."""
 
 
 class MissingExtra(ClvqError, ImportError):

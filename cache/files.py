@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,8 +23,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write `data` aside, fsync, rename over `path`, fsync the folder: a reader sees the old file or the new one.
+
+    Data may come in parts, of which only one is held at a time.
 
     Raises
     ------
@@ -36,7 +38,7 @@ def write_file(path: Path, data: bytes) -> None:
     with disk_full_names(path):
         try:
             with open(aside, "wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)

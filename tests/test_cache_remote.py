@@ -338,10 +338,9 @@ def test_training_streams_from_storage_and_gives_the_same_run(
             "decoder.layers": "1",
             "decoder.heads": "2",
             "decoder.hidden": "8",
-            "start.restarts": "1",
             "fit.epochs": "2",
             "fit.texts_per_batch": "8",
-            "fit.warmup_epochs": "1",
+            "encoder.epochs": "1",
         },
     )
     with a_place("s3", tmp_path / "shared", monkeypatch) as place:

@@ -140,10 +140,9 @@ def test_training_works_and_equal_texts_stay_on_one_side(cache: clvq.Cache, shar
             "decoder.layers": "1",
             "decoder.heads": "2",
             "decoder.hidden": "8",
-            "start.restarts": "1",
             "fit.epochs": "2",
             "fit.texts_per_batch": "8",
-            "fit.warmup_epochs": "1",
+            "encoder.epochs": "1",
         },
     )
     config = config.model_copy(update={"split": ("train", "dev"), "held_out": None})

@@ -48,7 +48,7 @@ def test_the_commands_at_its_end_work_in_a_folder_with_spaces(
 
     settings = ("fit.epochs=1", "decoder.heads=4", "decoder.layers=1", "decoder.hidden=64")
     small = ["--codes", "8", *(word for setting in settings for word in ("--set", setting))]
-    sites = ["--lower", "1", "--upper", "3", "--held-out", "dev", "--set", "fit.warmup_epochs=1"]
+    sites = ["--lower", "1", "--upper", "3", "--held-out", "dev", "--set", "encoder.epochs=1"]
     clvq(["train", str(out / "cache"), *sites, *small, "--out", str(out / "run")])
     for command in demo._next_commands(out):
         words = shlex.split(command)

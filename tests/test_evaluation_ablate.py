@@ -59,7 +59,7 @@ def _make_study(folder: Path, family: str, *, rows: str = "word") -> Study:
     tiny.run(plan, folder / "cache")
     cache = clvq.Cache(folder / "cache")
     config = preset_config("default", lower="hidden.1", upper="hidden.3", codes=12, held_out="dev")
-    config = with_overrides(config, {"fit.epochs": "2", "fit.warmup_epochs": "1", "decoder.heads": "4"})
+    config = with_overrides(config, {"fit.epochs": "2", "encoder.epochs": "1", "decoder.heads": "4"})
     fit(cache, config, folder / "run", device=torch.device("cpu"))
     run = Run.from_pretrained(folder / "run")
     return Study(family, model_folder, cache, folder / "run", run, tiny.load(plan.source, task="classify"))

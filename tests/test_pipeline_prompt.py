@@ -428,7 +428,7 @@ def test_a_prompted_cache_is_repaired_trained_from_and_ablated(
     assert logits.read_bytes() == before
     assert verify(out).problems == []
 
-    fit = ["--set", "fit.epochs=1", "--set", "fit.warmup_epochs=1", "--set", "decoder.heads=4", "--held-out", "dev"]
+    fit = ["--set", "fit.epochs=1", "--set", "encoder.epochs=1", "--set", "decoder.heads=4", "--held-out", "dev"]
     run_folder = tmp_path / "run"
     command(monkeypatch, capsys, "train", out, "--lower", 1, "--upper", 3, "--codes", 8, *fit, "--out", run_folder)
     ablation = command(

@@ -18,7 +18,9 @@ from clvq.progress import SILENT, Progress, Silent
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.data import Texts
 from clvq.trainer.fit import FitResult, fit
+from clvq.trainer.network import build
 from clvq.trainer.run import Run
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .caches import LOWER, UPPER, make_cache
 
@@ -31,14 +33,15 @@ def _config(preset: str = "default", **changes: str) -> TrainConfig:
         "decoder.layers": "1",
         "decoder.heads": "2",
         "decoder.hidden": "8",
-        "start.restarts": "1",
         "fit.epochs": "3",
         "fit.texts_per_batch": "8",
         "optimizer.lr": "0.003",
     }
+    # Units drop out; codes die, are revived and are drawn: everything random takes part.
     if preset == "default":
-        # Codes die, are revived and are drawn, so that everything random takes part.
-        small |= {"fit.warmup_epochs": "1", "quantizer.revive_after": "2", "decoder.dropout": "0.1"}
+        small |= {"encoder.epochs": "2", "encoder.rows_per_batch": "64", "decoder.dropout": "0.1"}
+    else:
+        small |= {"quantizer.revive_after": "2", "quantizer.temperature": "20"}
     return with_overrides(preset_config(preset, lower=LOWER, upper=UPPER, codes=9), small | changes)
 
 
@@ -54,6 +57,19 @@ def whole(request: pytest.FixtureRequest, small_cache: clvq.Cache, tmp_path_fact
     out = tmp_path_factory.mktemp("run") / request.param
     _fit(small_cache, _config(request.param, **{"fit.checkpoint_minutes": "1e-9"}), out)
     return out
+
+
+class _Counts(Silent):
+    """Counts the moments at which `_Stops` could stop."""
+
+    def __init__(self) -> None:
+        self.moments = 0
+
+    def check(self) -> None:
+        self.moments += 1
+
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        self.check()
 
 
 class _Stops(Silent):
@@ -124,7 +140,7 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(
         except (Interrupted, _Pulled):
             stops += 1
             # Always stopping at the same place of the last, unsaved stretch would never end.
-            every += 2
+            every = 3 * every // 2
             continue
         break
     assert stops >= 3
@@ -145,24 +161,28 @@ def _equal_but_for_time(whole: Path, other: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("after", [1, 4, 9, 14, 21, 30])
+@pytest.fixture(scope="module", params=PRESETS)
+def counted(
+    request: pytest.FixtureRequest, small_cache: clvq.Cache, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """A run of each preset, and at how many moments it could have been stopped."""
+    out, counts = tmp_path_factory.mktemp("counted") / request.param, _Counts()
+    _fit(small_cache, _config(request.param), out, progress=counts)
+    return out, counts.moments
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
 def test_interrupted_between_checkpoints_it_saves_and_goes_on_to_the_same_bytes(
-    after: int, small_cache: clvq.Cache, tmp_path: Path
+    share: float, counted: tuple[Path, int], small_cache: clvq.Cache, tmp_path: Path
 ) -> None:
-    config = _config()
-    _fit(small_cache, config, tmp_path / "whole")
+    whole, moments = counted
+    config, after = Run.from_pretrained(whole).config, max(1, round(share * moments))
     with pytest.raises(Interrupted):
-        _fit(
-            small_cache,
-            config,
-            tmp_path / "run",
-            progress=_Stops(after, Interrupted("stop", signal_number=15)),
-        )
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    _fit(small_cache, config, tmp_path / "run")
-    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
-    assert whole == resumed
-    _equal_but_for_time(tmp_path / "whole", tmp_path / "run")
+        _fit(small_cache, config, tmp_path, progress=_Stops(after, Interrupted("stop", signal_number=15)))
+    assert not (tmp_path / "model.safetensors").exists()
+    _fit(small_cache, config, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    _equal_but_for_time(whole, tmp_path)
 
 
 _SCRIPT = """
@@ -283,7 +303,7 @@ def test_one_process_at_a_time_writes_a_run(small_cache: clvq.Cache, tmp_path: P
 
 def test_more_codes_than_training_rows_are_refused_with_both_numbers(small_cache: clvq.Cache, tmp_path: Path) -> None:
     config = _config(**{"quantizer.codes": "5000"})
-    rows = len(Texts.of(small_cache, _config()).train_rows(small_cache, _config()))
+    rows = Texts.of(small_cache, _config()).train_rows(small_cache, _config()).rows
     with pytest.raises(ConfigError, match=f"{rows} training rows, fewer than the 5000 codes: use --codes N"):
         _fit(small_cache, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -296,7 +316,6 @@ def test_more_codes_than_training_rows_are_refused_with_both_numbers(small_cache
         ({"held_out": "test"}, "holds no split 'test'; it holds"),
         ({"upper": "hidden.9"}, "holds no site 'hidden.9'; it holds hidden.1, hidden.2"),
         ({"decoder.heads": "3"}, "decoder.heads = 3 does not divide the codes' 16 channels"),
-        ({"start.rows": "5"}, "start.rows = 5 is fewer than the 9 codes"),
     ],
 )
 def test_settings_that_do_not_suit_the_cache_are_refused_before_anything_is_written(
@@ -308,13 +327,13 @@ def test_settings_that_do_not_suit_the_cache_are_refused_before_anything_is_writ
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_longer_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    small_cache: clvq.Cache, tmp_path: Path
-) -> None:
-    config = _config(**{"optimizer.lr": "1e30", "fit.warmup_epochs": "0"})
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_loss_that_is_no_longer_finite_stops_the_run(preset: str, small_cache: clvq.Cache, tmp_path: Path) -> None:
+    config = _config(preset, **{"optimizer.lr": "1e30"})
     with pytest.raises(ClvqError, match=r"the loss is (nan|inf) at step \d+ of epoch 0 .* lower optimizer.lr"):
         _fit(small_cache, config, tmp_path)
-    assert (tmp_path / "checkpoint.safetensors").is_file()
+    # Of the codebook's start, which stood before the loss was lost.
+    assert (tmp_path / "checkpoint.safetensors").is_file() == (preset == "paper")
     with pytest.raises(RunNotFound, match="is an unfinished run"):
         Run.from_pretrained(tmp_path)
 
@@ -359,38 +378,130 @@ def test_a_single_distinct_text_cannot_be_divided(tmp_path: Path) -> None:
 
 
 def test_only_the_first_special_row_of_a_text_trains(small_cache: clvq.Cache) -> None:
-    rows = Texts.of(small_cache, _config()).train_rows(small_cache, _config())
-    assert set(small_cache.column("special")[rows]) == {0, 1}
+    texts, found = Texts.of(small_cache, _config()), set[int]()
+    rows = texts.train_rows(small_cache, _config())
+    for shard in range(small_cache.manifest.geometry.shards):
+        found |= set(small_cache.column("special")[rows.of_shard(shard)].tolist())
+    assert found == {0, 1}
+    owners = small_cache.column("text")
+    chosen = np.isin(owners, np.asarray(small_cache.texts["text_id"])[texts.train])
+    assert rows.rows == (chosen & (small_cache.column("special") <= 1)).sum()
 
 
-def test_training_stops_when_patience_is_over(small_cache: clvq.Cache, tmp_path: Path) -> None:
-    # A rate so small that the first epoch stays the best.
-    config = _config(**{"fit.epochs": "50", "fit.patience": "2", "optimizer.lr": "1e-30"})
+@pytest.mark.parametrize("preset", PRESETS)
+def test_training_stops_when_patience_is_over(preset: str, small_cache: clvq.Cache, tmp_path: Path) -> None:
+    # So small that the first epoch stays the best; or, for codes that move by themselves, so large that it gets worse.
+    rate = {"default": "1e-30", "paper": "0.1"}[preset]
+    config = _config(preset, **{"fit.epochs": "50", "fit.patience": "2", "optimizer.lr": rate})
     report = _fit(small_cache, config, tmp_path).report
     assert report["stopped_early"]
     assert report["stop_reason"] == "no better held-out loss for 2 epochs"
     assert report["epochs"] < 50
-    assert report["epochs"] == report["best_epoch"] - 1 + 1 + 2
+    encoder = 2 if preset == "default" else 0
+    assert report["epochs"] == report["best_epoch"] - encoder + 1 + 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["held_out_loss_total"] for line in lines if line["phase"] == "train"]
+    assert int(np.argmin(losses)) == report["best_epoch"] - encoder
+
+
+def test_the_best_epoch_s_weights_are_kept(small_cache: clvq.Cache, tmp_path: Path) -> None:
+    # So high a rate that the loss gets worse some time.
+    config = _config("paper", **{"fit.epochs": "50", "fit.patience": "1", "optimizer.lr": "0.1"})
+    report = _fit(small_cache, config, tmp_path / "run").report
+    assert report["best_epoch"] == report["epochs"] - 2
+    # A run that ends there has the same weights.
+    shorter = with_overrides(config, {"fit.epochs": str(report["epochs"] - 1)})
+    _fit(small_cache, shorter, tmp_path / "shorter")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "shorter"))
+    assert first == second
+
+
+def test_the_published_rate_is_halved_when_the_held_out_loss_gets_no_better(
+    small_cache: clvq.Cache, tmp_path: Path
+) -> None:
+    config = _config("paper", **{"fit.epochs": "8", "optimizer.lr": "0.1", "optimizer.plateau_patience": "1"})
+    _fit(small_cache, config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rate, best, worse = 0.1, float("inf"), 0
+    for line in lines:
+        # Better is what is lower by a ten-thousandth, as in torch's ReduceLROnPlateau.
+        better = line["held_out_loss_total"] < best * (1 - 1e-4)
+        best, worse = (line["held_out_loss_total"], 0) if better else (best, worse + 1)
+        if worse > 1:
+            rate, worse = rate / 2, 0
+        assert line["lr"] == pytest.approx(rate)
+    assert rate < 0.1
+
+
+def test_a_linear_schedule_rises_and_falls_to_0_in_the_encoder_s_training_and_again_after_it(
+    small_cache: clvq.Cache, tmp_path: Path
+) -> None:
+    rates: dict[int, list[float]] = {}
+
+    def note(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        learning = sum(p.grad is not None for p in optimizer.param_groups[0]["params"])
+        rates.setdefault(learning, []).append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        config = _config(**{"encoder.rows_per_batch": "4", "fit.texts_per_batch": "1", "optimizer.lr": "0.01"})
+        _fit(small_cache, config, tmp_path)
+    finally:
+        hook.remove()
+    # Encoder and decoder have different numbers of weights; each phase trains one of them.
+    assert len(rates) == 2
+    for found in map(np.array, rates.values()):
+        steps, peak = len(found), int(found.argmax())
+        assert steps > 100
+        assert found[0] < 0.05 * 0.01
+        assert peak / steps == pytest.approx(0.05, abs=1.5 / steps)
+        assert found[peak] == pytest.approx(0.95 * 0.01, rel=0.02)
+        assert (np.diff(found[: peak + 1]) > 0).all()
+        done = np.arange(steps) / steps
+        np.testing.assert_allclose(found[peak + 1 :], 0.01 * (1 - done[peak + 1 :]), atol=0.01 * 1.5 / steps)
+        assert 0 < found[-1] < 0.01 * 3 / steps
 
 
 def test_every_epoch_leaves_a_line_of_figures(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     paper = Run.from_pretrained(whole).config.preset == "paper"
-    assert [line["epoch"] for line in lines] == list(range(3 if paper else 4))
-    assert [line["phase"] for line in lines] == ([] if paper else ["warm-up"]) + ["train"] * 3
-    parts = {"reconstruction", "commitment"} if paper else {"own", "context", "commitment", "predictor"}
-    for line in lines[-3:]:
+    assert [line["phase"] for line in lines] == ([] if paper else ["encoder"] * 2) + ["train"] * 3
+    assert [line["epoch"] for line in lines] == list(range(len(lines)))
+    parts = {"encoder": {"predictor"}, "train": {"reconstruction", "commitment"} if paper else {"decoder"}}
+    for line in lines:
         for side in ("train", "held_out"):
             names = {name.removeprefix(f"{side}_loss_") for name in line if name.startswith(f"{side}_loss_")}
-            assert names == parts | {"total"}
-            total = sum(line[f"{side}_loss_{part}"] for part in parts)
+            assert names == parts[line["phase"]] | {"total"}
+            total = sum(line[f"{side}_loss_{part}"] for part in parts[line["phase"]])
             assert line[f"{side}_loss_total"] == pytest.approx(total)
         assert 0 <= line["loader_wait_share"] <= 1
         assert 0.5 < line["real_slots_share"] <= 1
         assert line["rows_per_second"] > 0
+        if line["phase"] == "encoder":
+            # The loss is in units of the variance over the training rows, the FVU of that over the held-out ones.
+            assert line["held_out_predictor_fvu"] == pytest.approx(line["held_out_loss_predictor"], rel=0.3)
+            continue
         assert 1 <= line["held_out_used_codes"] <= 9
+        assert 1 <= line["held_out_perplexity"] <= line["held_out_used_codes"]
         assert line["held_out_decoder_fvu"] > 0
         assert line["held_out_own_code_fvu"] > 0
+
+
+def test_an_epoch_s_figure_is_the_mean_over_all_its_rows(small_cache: clvq.Cache, tmp_path: Path) -> None:
+    # Nothing is learned: over batches of unlike size, the figure is the loss of all rows together.
+    config = _config(**{"optimizer.lr": "1e-30", "fit.epochs": "1", "encoder.dropout": "0"})
+    _fit(small_cache, config, tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    rows = small_cache.rows_of(Texts.of(small_cache, config).train, special="leading")
+    assert len(rows) % 64
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        linear = build(config, d_lower=16, d_upper=16).encoder.linear
+    lower, upper = (small_cache.vectors(site, rows).astype(np.float64) for site in (LOWER, UPPER))
+    z = (lower - lower.mean(axis=0)) / lower.std(axis=0)
+    z = z @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+    target = (upper - upper.mean(axis=0)) / np.sqrt(upper.var(axis=0).mean())
+    assert line["train_loss_predictor"] == pytest.approx(((z - target) ** 2).mean(), rel=1e-5)
 
 
 def test_the_description_says_nothing_of_when_or_where(whole: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.network import Batch, Network, build
+from clvq.trainer.noise import RowNoise
 
 D, D_UPPER, CODES, HEADS = 8, 6, 5, 2
 Weights = dict[str, np.ndarray]
@@ -38,7 +39,9 @@ def _batch(extra: int = 0) -> Batch:
     lower, upper = torch.full((3, longest, D), 7.0), torch.full((3, longest, D_UPPER), -3.0)
     lower[mask] = 2 * torch.randn(3, 4, D, generator=generator)[real]
     upper[mask] = torch.randn(3, 4, D_UPPER, generator=generator)[real]
-    return Batch(lower=lower, upper=upper, mask=mask, position=torch.arange(longest).expand(3, -1).clone())
+    row = torch.full(mask.shape, -1)
+    row[mask] = torch.arange(9)
+    return Batch(lower=lower, upper=upper, mask=mask, position=torch.arange(longest).expand(3, -1).clone(), row=row)
 
 
 def _layer_norm(x: np.ndarray, w: Weights, name: str) -> np.ndarray:
@@ -79,6 +82,11 @@ def _encoded(x: np.ndarray, w: Weights) -> np.ndarray:
     return (1 - mix) * x + mix * _layer_norm(adapted, w, "encoder.norm")
 
 
+def _encoded_rows(network: Network, batch: Batch) -> np.ndarray:
+    weights = {name: value.double().numpy() for name, value in network.state_dict().items()}
+    return _encoded(batch.lower[batch.mask].double().numpy(), weights)
+
+
 def test_forward_losses_and_codebook_equal_the_published_equations_over_several_steps() -> None:
     config = _config()
     network = _network(config).train()
@@ -88,7 +96,7 @@ def test_forward_losses_and_codebook_equal_the_published_equations_over_several_
     texts = [batch.lower[i][batch.mask[i]].double().numpy() for i in range(3)]
     upper = batch.upper[batch.mask].double().numpy()
     for _ in range(4):
-        output = network(batch)
+        output = network(batch, noise=RowNoise(0, batch.row[batch.mask]))
         rows = [_encoded(text, w) for text in texts]
         z = np.concatenate(rows)
         index = ((z[:, None] - codebook[None]) ** 2).sum(axis=2).argmin(axis=1)
@@ -107,6 +115,20 @@ def test_forward_losses_and_codebook_equal_the_published_equations_over_several_
         np.testing.assert_allclose(output.losses["reconstruction"].item(), ((predicted - upper) ** 2).mean(), rtol=1e-4)
         np.testing.assert_allclose(network.quantizer.codebook.numpy(), codebook, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(network.quantizer.count.numpy(), count, rtol=1e-5)
+
+
+def test_codes_are_drawn_among_the_nearest_and_differ_from_step_to_step() -> None:
+    network = _network(_config(**{"quantizer.top_k": "3", "quantizer.temperature": "10"})).train()
+    batch = _batch()
+    drawn = []
+    for step in range(20):
+        z = _encoded_rows(network, batch)
+        distances = ((z[:, None] - network.quantizer.codebook.double().numpy()[None]) ** 2).sum(axis=2)
+        near = np.argsort(distances, axis=1)[:, :3]
+        index = network(batch, noise=RowNoise(step, batch.row[batch.mask])).index.numpy()
+        assert (near == index[:, None]).any(axis=1).all()
+        drawn.append(tuple(index))
+    assert len(set(drawn)) > 1
 
 
 def test_the_encoder_starts_as_published() -> None:
@@ -153,6 +175,26 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(short.predicted, padded.predicted, rtol=1e-5, atol=1e-5)
     for name, value in short.losses.items():
         torch.testing.assert_close(value, padded.losses[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_sees_the_rows_after_it_as_well_as_those_before() -> None:
+    """No causal mask, as in the authors' later runs."""
+    network = _network(_config()).eval()
+    index, mask = torch.arange(4) % CODES, torch.ones(1, 4, dtype=torch.bool)
+    before = network.from_codes(index, mask, torch.arange(4)[None])
+    for changed in (0, 3):
+        other = index.clone()
+        other[changed] = 4
+        after = network.from_codes(other, mask, torch.arange(4)[None])
+        assert ((before - after).abs().amax(dim=1) > 1e-6).all()
+
+
+def test_order_means_nothing_without_positions() -> None:
+    network = _network(_config()).eval()
+    index, mask = torch.arange(4), torch.ones(1, 4, dtype=torch.bool)
+    order = torch.tensor([2, 0, 3, 1])
+    plain, mixed = (network.from_codes(i, mask, torch.arange(4)[None]) for i in (index, index[order]))
+    torch.testing.assert_close(plain[order], mixed, rtol=1e-5, atol=1e-5)
 
 
 def test_a_real_row_of_zeros_is_a_row() -> None:

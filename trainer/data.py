@@ -1,10 +1,12 @@
 """Which texts train and which measure, and the training rows' statistics."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32
 
+from ..cache.chosen import ChosenRows
 from ..cache.reader import Cache
 from ..cache.statistics import SiteStatistics
 from ..errors import ConfigError
@@ -38,21 +40,17 @@ class Texts:
         else:
             held_out = cache.splits([config.held_out])
         texts = cls(train=chosen & ~held_out, held_out=held_out)
-        rows, codes = len(texts.train_rows(cache, config)), config.quantizer.codes
+        rows, codes = texts.train_rows(cache, config).rows, config.quantizer.codes
         if rows < codes:
             raise ConfigError(
                 f"{cache.path} gives {rows} training rows, fewer than the {codes} codes: "
                 f"use --codes N with N no more than {rows}, or extract more texts"
             )
-        if config.start.rows < codes:
-            raise ConfigError(
-                f"start.rows = {config.start.rows} is fewer than the {codes} codes: set start.rows to {codes} or more"
-            )
         return texts
 
-    def train_rows(self, cache: Cache, config: TrainConfig) -> Int64[np.ndarray, " row"]:
-        """Places of the training rows."""
-        return cache.rows_of(self.train, special=config.special)
+    def train_rows(self, cache: Cache, config: TrainConfig) -> ChosenRows:
+        """The training rows."""
+        return cache.chosen(self.train, special=config.special)
 
 
 def _share(cache: Cache, chosen: Bool[np.ndarray, " text"], config: TrainConfig) -> Bool[np.ndarray, " text"]:
@@ -69,14 +67,23 @@ def _share(cache: Cache, chosen: Bool[np.ndarray, " text"], config: TrainConfig)
     return chosen & np.isin(contents, distinct[picked])
 
 
+def blocks(
+    cache: Cache, rows: ChosenRows, sites: Iterable[str], *, size: int = 8_192
+) -> Iterator[dict[str, Float32[np.ndarray, "block _d"]]]:
+    """The rows' vectors at each site, in blocks of at most `size` rows, in the order in which they lie on disk."""
+    for shard in np.unique(rows.shard).tolist():
+        for _, vectors in cache.blocks(tuple(sites), rows.of_shard(shard), size=size):
+            yield vectors
+
+
 def statistics(
-    cache: Cache, rows: Int64[np.ndarray, " row"], sites: tuple[str, ...], *, progress: Progress
+    cache: Cache, rows: ChosenRows, sites: tuple[str, ...], *, progress: Progress
 ) -> dict[str, SiteStatistics]:
     """Mean and variance of the rows at each site, in float64."""
-    progress.begin("statistics", len(rows), "row")
+    progress.begin("statistics", rows.rows, "row")
     parts: dict[str, list[SiteStatistics]] = {site: [] for site in sites}
-    for block, vectors in cache.blocks(tuple(parts), rows):
-        for site, values in vectors.items():
+    for block in blocks(cache, rows, sites):
+        for site, values in block.items():
             parts[site].append(SiteStatistics.of(values))
-        progress.advance(len(block))
-    return {site: SiteStatistics.merged(blocks, width=cache.width(site)) for site, blocks in parts.items()}
+        progress.advance(len(values))
+    return {site: SiteStatistics.merged(own, width=cache.width(site)) for site, own in parts.items()}

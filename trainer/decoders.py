@@ -35,20 +35,18 @@ class MemoryDecoder(nn.Module):
     ) -> Float[Tensor, "batch seq d_upper"]:
         """Upper rows; what stands outside `mask` is neither looked at nor meant."""
         hidden, padding = codes, ~mask
-        for layer in self.layers:
+        # Where processes share a batch of few texts, one may have none; torch's attention cannot do nothing.
+        for layer in self.layers if len(codes) else ():
             hidden = layer(hidden, memory, tgt_key_padding_mask=padding, memory_key_padding_mask=padding)
         upper: Tensor = self.out(hidden)
         return upper
 
 
 class CodesDecoder(nn.Module):
-    """What a code says about its upper row by itself, and what the other codes of the text add to that."""
+    """What a text's codes and their positions say about each upper row beyond the row's own code."""
 
     def __init__(self, config: DecoderConfig, *, width: int) -> None:
         super().__init__()
-        self.head = nn.Linear(width, width)
-        nn.init.eye_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width,
@@ -66,20 +64,16 @@ class CodesDecoder(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def alone(self, codes: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Upper rows from each code by itself."""
-        upper: Tensor = self.head(codes)
-        return upper
-
-    def context(
+    def forward(
         self,
         codes: Float[Tensor, "batch seq d"],
         mask: Bool[Tensor, "batch seq"],
         position: Int64[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq d"]:
-        """What the text's codes and their positions add to `alone`."""
+        """What to add to each row's own code; what stands outside `mask` is neither looked at nor meant."""
         hidden = codes + sinusoids(position, codes.shape[2])
-        for layer in self.layers:
+        # As above.
+        for layer in self.layers if len(codes) else ():
             hidden = layer(hidden, src_key_padding_mask=~mask)
         added: Tensor = self.out(self.norm(hidden))
         return added

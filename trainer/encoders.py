@@ -27,28 +27,39 @@ class AdaptiveResidual(nn.Module):
 
 
 class ResidualPredictor(nn.Module):
-    """A linear map plus an MLP whose output starts at 0, so that training begins at a linear map.
+    """A linear map plus residual MLPs whose output starts at 0, so that training begins at a linear map.
 
     Parameters
     ----------
     expansion
-        Hidden units per channel of the input.
+        Hidden units of each MLP per channel of the lower site.
+    blocks
+        MLPs, one after the other; all but the last add to the row, the last one to the map's output.
+    dropout
+        Share of the hidden units that a training step leaves out.
     """
 
-    def __init__(self, d_lower: int, d_upper: int, *, expansion: int) -> None:
+    def __init__(self, d_lower: int, d_upper: int, *, expansion: int, blocks: int, dropout: float) -> None:
         super().__init__()
         self.linear = nn.Linear(d_lower, d_upper)
-        self.inner = nn.Sequential(
-            nn.LayerNorm(d_lower),
-            nn.Linear(d_lower, expansion * d_lower),
-            nn.GELU(),
-            nn.Linear(expansion * d_lower, d_upper),
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(d_lower),
+                nn.Linear(d_lower, expansion * d_lower),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(expansion * d_lower, d_lower if block < blocks - 1 else d_upper),
+            )
+            for block in range(blocks)
         )
-        last = self.inner[-1]
-        nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        last = self.blocks[-1][-1]  # type: ignore[index]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, rows: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d_upper"]:
         """A prediction of each row's upper row."""
-        predicted: Tensor = self.linear(rows) + self.inner(rows)
+        hidden = rows
+        for block in self.blocks[:-1]:
+            hidden = hidden + block(hidden)
+        predicted: Tensor = self.linear(rows) + self.blocks[-1](hidden)
         return predicted

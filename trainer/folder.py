@@ -7,7 +7,7 @@ alone an unfinished one.
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,13 +24,21 @@ MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
 CHECKPOINT = "checkpoint.safetensors"
+LEARNING_CURVES = "learning-curves"
+CODEBOOK = "codebook"
+# What `figures.write_figures` leaves.
+FIGURES = tuple(f"{name}.{kind}" for name in (LEARNING_CURVES, CODEBOOK) for kind in ("svg", "png"))
+TENSORBOARD = "tensorboard"
+
+# What the names of TensorBoard's files begin with.
+_TENSORBOARD_FILES = "events.out.tfevents."
 
 # What the names of the model's tensors begin with.
 NETWORK = "network."
 TABLES = "tables."
 
 # In the order in which they may be deleted: without the model the folder never claims to be finished.
-_OWN_NAMES = (MODEL, CHECKPOINT, METRICS, REPORT, CONFIG)
+_OWN_NAMES = (MODEL, *FIGURES, CHECKPOINT, METRICS, REPORT, CONFIG)
 
 
 class RunConfig(BaseModel):
@@ -132,6 +140,8 @@ def take_over(out: Path, wanted: RunConfig, *, force: bool) -> None:
             )
         for name in _OWN_NAMES:
             (out / name).unlink(missing_ok=True)
+        for file in (out / TENSORBOARD).glob(f"{_TENSORBOARD_FILES}*"):
+            file.unlink()
     write_file(out / CONFIG, to_json(wanted))
 
 
@@ -149,6 +159,12 @@ def _differences(out: Path, names: list[str], wanted: RunConfig, *, force: bool)
     # Widths and held-out texts follow from the cache and the settings; another clvq may continue a run.
     here, now = (run.model_dump(mode="json", include={"cache_id", "config"}) for run in (found, wanted))
     return differences(here, now)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; none where there is no such file."""
+    file = out / METRICS
+    return [json.loads(line) for line in file.read_bytes().splitlines()] if file.is_file() else []
 
 
 def append_metrics(out: Path, figures: dict[str, float | int | str | None], *, epoch: int) -> None:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..cache.stream import TextBatch, TextStream
 from ..progress import Progress
+from . import ranks
 from .config import TrainConfig
-from .network import Batch, Network
+from .network import Batch, DefaultNetwork, Network
+from .quantizer import mean_square
 
 
 class Unexplained:
@@ -40,9 +42,16 @@ class Unexplained:
             self._errors[name] = self._errors[name] + error if name in self._errors else error
 
     def values(self) -> dict[str, float | None]:
-        """FVU of each way; `None` where the rows do not vary."""
-        variance = float(self._squares - self._sum.square().sum() / self._rows)
-        return {name: float(error) / variance if variance > 0 else None for name, error in self._errors.items()}
+        """FVU of each way, over the rows of all processes; `None` where the rows do not vary."""
+        sums = torch.cat([self._sum, self._squares[None], self._squares.new_tensor([self._rows])])
+        errors = torch.stack(list(self._errors.values()))
+        ranks.add_up(sums, errors)
+        total, squares, rows = sums[:-2], sums[-2], sums[-1]
+        variance = float(squares - total.square().sum() / rows)
+        return {
+            name: error / variance if variance > 0 else None
+            for name, error in zip(self._errors, errors.tolist(), strict=True)
+        }
 
 
 def perplexity(counts: Int64[np.ndarray, " code"]) -> float:
@@ -61,12 +70,26 @@ def batches(
 
 
 @torch.no_grad()
+def encoder_figures(
+    network: DefaultNetwork, stream: TextStream, config: TrainConfig, *, device: torch.device, progress: Progress
+) -> dict[str, float | int | None]:
+    """Loss and FVU of the encoder as a predictor of the upper row, on the held-out texts."""
+    network.eval()
+    fvu, losses = Unexplained(network.upper_mean), _Losses(device)
+    for _, batch in batches(stream, config, device, progress=progress):
+        lower, upper = batch.lower[batch.mask], batch.upper[batch.mask]
+        predicted = network.encode(lower)
+        losses.add({"predictor": mean_square(predicted - network.scaled(upper))}, len(upper))
+        fvu.add(upper, predictor_fvu=network.raw(predicted))
+    return {**losses.values(), **fvu.values()}
+
+
+@torch.no_grad()
 def held_out_figures(
     network: Network,
     stream: TextStream,
     config: TrainConfig,
     *,
-    warm_up: bool,
     own_table: Float[Tensor, "code d_upper"],
     device: torch.device,
     progress: Progress,
@@ -79,23 +102,39 @@ def held_out_figures(
         An upper row for each code, by which `own_code_fvu` predicts.
     """
     network.eval()
-    losses: dict[str, float] = {}
-    rows, counts = 0, np.zeros(config.quantizer.codes, dtype=np.int64)
-    fvu = Unexplained(network.upper_mean)
+    fvu, losses = Unexplained(network.upper_mean), _Losses(device)
+    counts = torch.zeros(config.quantizer.codes, dtype=torch.int64, device=device)
     for _, batch in batches(stream, config, device, progress=progress):
-        output = network.warm_up(batch) if warm_up else network(batch)
-        upper = batch.upper[batch.mask]
-        rows += len(upper)
-        for name, value in output.losses.items():
-            losses[name] = losses.get(name, 0.0) + float(value) * len(upper)
-        if warm_up:
-            fvu.add(upper, predictor_fvu=output.predicted)
-        else:
-            fvu.add(upper, decoder_fvu=output.predicted, own_code_fvu=own_table[output.index])
-            counts += np.bincount(output.index.cpu().numpy(), minlength=len(counts))
-    figures: dict[str, float | int | None] = {f"loss_{name}": value / rows for name, value in losses.items()}
-    figures["loss_total"] = sum(losses.values()) / rows
-    figures |= fvu.values()
-    if not warm_up:
-        figures |= {"perplexity": perplexity(counts), "used_codes": int((counts > 0).sum())}
-    return figures
+        output, upper = network(batch), batch.upper[batch.mask]
+        losses.add(output.losses, len(upper))
+        fvu.add(upper, decoder_fvu=output.predicted, own_code_fvu=own_table[output.index])
+        counts += torch.bincount(output.index, minlength=len(counts))
+    ranks.add_up(counts)
+    used = counts.cpu().numpy()
+    return {
+        **losses.values(),
+        **fvu.values(),
+        "perplexity": perplexity(used),
+        "used_codes": int((used > 0).sum()),
+    }
+
+
+class _Losses:
+    """Means over rows of the parts of a loss."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, float] = {}
+        self._rows = 0
+
+    def add(self, losses: dict[str, Float[Tensor, ""]], rows: int) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * rows
+        self._rows += rows
+
+    def values(self) -> dict[str, float]:
+        """`loss_…` of each part and `loss_total`, over the rows of all processes."""
+        sums = torch.tensor([*self._sums.values(), self._rows], dtype=torch.float64, device=self._device)
+        ranks.add_up(sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        return {f"loss_{name}": mean for name, mean in zip(self._sums, means, strict=True)} | {"loss_total": sum(means)}

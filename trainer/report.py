@@ -15,12 +15,13 @@ from ..cache.layout import to_json
 from ..cache.reader import Cache
 from ..cache.stream import TextStream
 from ..progress import Progress
-from .checkpoint import Fitting, State, pack
-from .config import TrainConfig
-from .data import Texts
+from . import ranks
+from .checkpoint import Fitting, State, packed
+from .config import PredictorEncoder, TrainConfig
+from .data import Texts, blocks
 from .folder import MODEL, NETWORK, REPORT, TABLES
 from .measure import Unexplained, batches, perplexity
-from .network import Network, PaperNetwork
+from .network import Network, PaperNetwork, on_device
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,29 @@ def write_results(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Measure the best epoch's weights and write `report.json` and, last, `model.safetensors`."""
+    """Measure the best epoch's weights and write figures, `report.json` and, last, `model.safetensors`."""
     network, state = fitting.network.eval(), fitting.state
     # The present weights return to the network if this is interrupted: a checkpoint then holds them, not the best.
     present = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.load_state_dict(fitting.best_tensors)
     try:
-        tables = training_tables(network, cache, config, texts, device=device, progress=progress)
+        tables = training_tables(network, cache, config, texts, device, progress=progress)
         figures = _held_out(network, held_out, config, tables, device=device, progress=progress)
         report: dict[str, JsonValue] = {
             **figures,
             **_codebook(network, tables),
             **_course(state, config),
-            "train_rows": len(texts.train_rows(cache, config)),
+            "train_rows": int(tables.counts.sum()),
             "train_texts": int(texts.train.sum()),
             "held_out_rows": held_out.rows,
             "held_out_texts": int(texts.held_out.sum()),
         }
-        write_file(out / REPORT, to_json(report))
         tensors = {f"{NETWORK}{name}": tensor for name, tensor in network.state_dict().items()}
         tensors |= {f"{TABLES}{name}": tensor for name, tensor in vars(tables).items()}
-        write_file(out / MODEL, pack(tensors))
+        with ranks.led() as leads:
+            if leads:
+                write_file(out / REPORT, to_json(report))
+                write_file(out / MODEL, packed(tensors))
     finally:
         network.load_state_dict(present)
 
@@ -74,8 +77,8 @@ def training_tables(
     cache: Cache,
     config: TrainConfig,
     texts: Texts,
-    *,
     device: torch.device,
+    *,
     progress: Progress,
 ) -> Tables:
     """One exact pass over the training rows, each with its nearest code; sums in float64."""
@@ -85,14 +88,17 @@ def training_tables(
         site: torch.zeros(config.quantizer.codes, cache.width(site), dtype=torch.float64, device=device)
         for site in dict.fromkeys([config.lower, config.upper])
     }
-    progress.begin("concept means", len(rows), "row")
-    for block, vectors in cache.blocks(tuple(sums), rows):
-        tensors = {site: torch.from_numpy(values).to(device, copy=True) for site, values in vectors.items()}
-        index = network.quantizer.nearest(network.encode(tensors[config.lower]))
-        counts += torch.bincount(index, minlength=len(counts))
-        for site, values in tensors.items():
-            sums[site].index_add_(0, index, values.double())
-        progress.advance(len(block))
+    progress.begin("concept means", rows.rows, "row")
+    for number, block in enumerate(blocks(cache, rows, sums)):
+        progress.check()
+        if number % ranks.count() == ranks.number():
+            tensors = {site: on_device(values, device) for site, values in block.items()}
+            index = network.quantizer.nearest(network.encode(tensors[config.lower]))
+            counts += torch.bincount(index, minlength=len(counts))
+            for site, values in tensors.items():
+                sums[site].index_add_(0, index, values.double())
+        progress.advance(len(block[config.lower]))
+    ranks.add_up(counts, *sums.values())
 
     def means(site: str, mean: Float[Tensor, " d"]) -> Float[Tensor, "code d"]:
         found = sums[site] / counts.clamp_min(1)[:, None]
@@ -116,7 +122,7 @@ def _held_out(
     progress: Progress,
 ) -> dict[str, float | int | None]:
     progress.begin("held-out figures", None, "text")
-    fvu, indices = Unexplained(network.upper_mean), []
+    fvu, indices, places = Unexplained(network.upper_mean), [], []
     for _, batch in batches(stream, config, device, progress=progress):
         output, upper = network(batch), batch.upper[batch.mask]
         ways = {
@@ -127,15 +133,16 @@ def _held_out(
             ways["decoder_fvu_published"] = output.predicted
         fvu.add(upper, **ways)
         indices.append(output.index)
-    index = torch.cat(indices)
-    order = np.random.default_rng(config.seed).permutation(len(index))
-    mixed, start = index[torch.from_numpy(order).to(device)], 0
+        places.append(batch.row[batch.mask])
+    # Shuffled as they lie in the cache, so that neither the batches nor the number of processes matter.
+    place, order = ranks.joined(torch.cat(places)).sort()
+    index = ranks.joined(torch.cat(indices))[order]
+    mixed = index[torch.from_numpy(np.random.default_rng(config.seed).permutation(len(index))).to(device)]
     shuffled = Unexplained(network.upper_mean)
     for _, batch in batches(stream, config, device, progress=progress):
         upper = batch.upper[batch.mask]
-        part = mixed[start : start + len(upper)]
+        part = mixed[torch.searchsorted(place, batch.row[batch.mask])]
         shuffled.add(upper, decoder_fvu_codes_shuffled=network.from_codes(part, batch.mask, batch.position))
-        start += len(upper)
     counts = np.bincount(index.cpu().numpy(), minlength=config.quantizer.codes)
     return {
         **fvu.values(),
@@ -162,7 +169,7 @@ def _codebook(network: Network, tables: Tables) -> dict[str, float | int]:
 def _course(state: State, config: TrainConfig) -> dict[str, float | int | bool | str | None]:
     """How the training went."""
     best = state.best_epoch if state.best_epoch is not None else 0
-    run = state.epoch - config.fit.warmup_epochs
+    run = state.epoch - (config.encoder.epochs if isinstance(config.encoder, PredictorEncoder) else 0)
     return {
         "epochs": run,
         "best_epoch": best,

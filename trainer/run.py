@@ -14,10 +14,10 @@ from ..cache.files import make_folder, write_file
 from ..cache.layout import to_json
 from ..cache.reader import Cache
 from ..errors import ConfigError, RunMismatch, RunNotFound
-from .checkpoint import pack
+from .checkpoint import packed
 from .config import TrainConfig
 from .folder import CONFIG, MODEL, NETWORK, REPORT, TABLES, RunConfig, read_config
-from .network import Network, PaperNetwork, build
+from .network import Network, build
 from .report import Tables
 
 _ROWS_AT_A_TIME = 8192
@@ -170,7 +170,7 @@ class Run:
         """
         self._check(concept)
         vector = self.concept_means[concept]
-        if isinstance(self._network, PaperNetwork):
+        if self._network.codes_space == "lower":
             vector = self._network.quantizer.codebook[concept].cpu().numpy()
         basis = _unit(vector)
         return basis[0] if len(basis) else np.zeros_like(vector)
@@ -196,7 +196,7 @@ class Run:
         tensors |= {f"{TABLES}{name}": tensor for name, tensor in vars(self._tables).items()}
         write_file(path / CONFIG, to_json(self._description))
         write_file(path / REPORT, self._report)
-        write_file(path / MODEL, pack(tensors))
+        write_file(path / MODEL, packed(tensors))
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None) -> None:
         """Upload the run to a model repository of the Hugging Face Hub, which is created where missing."""
