@@ -19,21 +19,20 @@ from . import __version__
 from .cli_cache import cache_app
 from .cli_extract import extract
 from .cli_rationales import rationales
+from .cli_train import train
 from .errors import ClvqError, Interrupted
 from .options import (
     Device,
     Force,
     Json,
     Seed,
-    assignments,
     device_of,
     load_model,
     model_of,
     names,
-    settings_file,
     settings_of,
 )
-from .terminal import print_json, progress_bars, put, say, show
+from .terminal import print_json, progress_bars, put, say
 
 if TYPE_CHECKING:
     from .evaluation.ablate import AblateResult, Line
@@ -49,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extract)
+app.command()(train)
 app.command()(rationales)
 app.add_typer(cache_app, name="cache")
 
@@ -77,46 +77,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         put(__version__)
         raise typer.Exit
-
-
-@app.command()
-def train(
-    cache: Annotated[str, typer.Argument(help="The cache to train from: a folder, s3://… or hf://….")],
-    lower: Annotated[str, typer.Option(help="Site that is mapped, such as 8.")],
-    upper: Annotated[str, typer.Option(help="Site that it is mapped to, such as 12.")],
-    out: Annotated[Path, typer.Option(help="The run to write.")],
-    preset: Annotated[str, typer.Option(help="default, or paper for the published method.")] = "default",
-    codes: Annotated[int, typer.Option(min=2, help="Size of the codebook.")] = 400,
-    split: Annotated[str, typer.Option(help="Splits to train on; else train, or the only one there is.")] = "",
-    held_out: Annotated[str | None, typer.Option(help="Split to measure on; else a seeded 10 % of the texts.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="JSON file with settings, nested as in a run's config.json.")
-    ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as fit.epochs=20.")] = None,
-    seed: Seed = 42,
-    device: Device = "auto",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Train a CLVQ-VAE from a cache. Run again to resume."""
-    from .cache.sharing.remote import open_cache
-    from .trainer.config import preset_config, with_overrides
-    from .trainer.fit import fit
-
-    opened = open_cache(cache)
-    resolved = preset_config(
-        preset,
-        lower=opened.site(lower),
-        upper=opened.site(upper),
-        codes=codes,
-        split=tuple(names(split) or (["train"] if len(opened.manifest.splits) > 1 else opened.manifest.splits)),
-        held_out=held_out,
-        seed=seed,
-    )
-    resolved = with_overrides(resolved, {**settings_file(config), **assignments(settings or [])})
-    with progress_bars() as progress:
-        result = fit(opened, resolved, out, device=device_of(device), progress=progress, force=force)
-    show({"path": result.path, "seconds": result.seconds, **result.report}, as_json=as_json, title="run")
 
 
 @app.command()

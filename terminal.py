@@ -39,7 +39,7 @@ class _Terminal:
         self._task = self._bars.add_task(task, total=total, unit=unit, figures="")
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
+        shown = " ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items())
         self._bars.update(self._task, advance=amount)
         if shown:
             self._bars.update(self._task, figures=shown)
@@ -54,19 +54,24 @@ class _Terminal:
             )
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 @contextmanager
-def progress_bars() -> Iterator[_Terminal]:
+def progress_bars(*, shown: bool = True) -> Iterator[_Terminal]:
     """Progress for the library to report to, and a clean stop on Ctrl-C and SIGTERM."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        # What stands beside it fits a terminal of 100 columns.
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with RichProgress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
         terminal = _Terminal(bars)
         before = {number: signal.signal(number, terminal.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

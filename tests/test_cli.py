@@ -70,7 +70,7 @@ def _extract(world: World, out: Path, **options: object) -> list[object]:
 
 
 TRAIN = ("--lower", 1, "--upper", 3, "--codes", 8, "--held-out", "dev", "--set", "fit.epochs=1",
-         "--set", "fit.warmup_epochs=1", "--set", "decoder.heads=4")  # fmt: skip
+         "--set", "encoder.epochs=1", "--set", "decoder.heads=4")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,8 @@ def test_signs_that_would_steer_a_terminal_are_shown_and_not_sent(world: World, 
 
 
 def test_settings_come_from_a_file_and_from_the_command_line(world: World, command: Command, tmp_path: Path):
-    (tmp_path / "s.json").write_text(json.dumps({"fit": {"epochs": 1, "warmup_epochs": 1}, "decoder": {"heads": 4}}))
+    settings = {"fit": {"epochs": 1}, "encoder": {"epochs": 1}, "decoder": {"heads": 4}}
+    (tmp_path / "s.json").write_text(json.dumps(settings))
     words = ["train", world.cache, "--lower", 1, "--upper", 3, "--codes", 8, "--config", tmp_path / "s.json"]
     ended = command(*words, "--set", "decoder.heads=2", "--out", tmp_path / "r", "--json")
     assert ended.code == 0, ended.err
