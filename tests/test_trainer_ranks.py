@@ -54,7 +54,7 @@ def codes(small_cache: clvq.Cache, folder: Path) -> dict[str, list[int]]:
     job("drifted", "paper", 2, harm="drift", rank=1, step=11)
     (folder / "no run").mkdir()
     (folder / "no run" / "letter.txt").write_text("not to be lost")
-    job("refused", "paper", 2, out="no run")
+    job("refused", "paper", 2, out=str(folder / "no run"))
     told = [{"cache": str(small_cache.path), **each} for each in jobs.values()]
     done = _run([sys.executable, str(SCRIPT), "jobs", json.dumps(told)])
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def test_a_rank_that_drifted_ends_all(codes: dict[str, list[int]], folder: Path)
 
 
 def test_what_rank_0_refuses_ends_all_and_harms_nothing(codes: dict[str, list[int]], folder: Path) -> None:
-    assert codes["refused"] == [REFUSED, REFUSED]
+    assert codes["no run"] == [REFUSED, REFUSED]
     assert [file.name for file in (folder / "no run").iterdir()] == ["letter.txt"]
 
 
