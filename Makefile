@@ -10,8 +10,9 @@ TYPED := .mypy_cache/src
 demo: $(VENV)/.installed
 	$(BIN)/clvq demo --out demo
 
+# Files of tests side by side: many of them wait for processes more than they compute.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # The long form of the fault tests: kills, flipped bits, full disks, several writers.
 soak: $(VENV)/.installed
@@ -32,6 +33,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/waiting.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/quantizer.py
+	$(BIN)/python benchmarks/codebook_start.py --rows 80000
+	$(BIN)/python benchmarks/planted.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
