@@ -9,7 +9,7 @@ interval of the mean by Student's t: the data of a scenario are the same for all
   standardised channels) says of the upper row from the lower row alone. `upper` is told the upper row itself, which no
   other method is.
 * `clvq paper` has `--paper-epochs` epochs instead of 50 and a decoder of two layers of 256 units instead of six of
-  2,048; `clvq default` has `--default-epochs` epochs after its warm-up. Both keep their own number of starts.
+  2,048; `clvq default` has `--default-epochs` epochs for its decoder. Both keep their own number of starts.
 * `truth` is told the concept. The ceilings are told all that was added to each row but noise, with or without the row
   before it: see `Planted.ceiling`.
 

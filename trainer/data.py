@@ -72,7 +72,7 @@ def blocks(
 ) -> Iterator[dict[str, Float32[np.ndarray, "block _d"]]]:
     """The rows' vectors at each site, in blocks of at most `size` rows, in the order in which they lie on disk.
 
-    Larger blocks are not faster, and an encoder's hidden units take eight times a block's memory.
+    An encoder's hidden units take eight times a block's memory.
     """
     for shard in np.unique(rows.shard).tolist():
         for _, vectors in cache.blocks(tuple(sites), rows.of_shard(shard), size=size):
