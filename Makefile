@@ -10,9 +10,8 @@ TYPED := .mypy_cache/src
 demo: $(VENV)/.installed
 	$(BIN)/clvq demo --out demo
 
-# Files of tests side by side: many of them wait for processes more than they compute.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 # The long form of the fault tests: kills, flipped bits, full disks, several writers.
 soak: $(VENV)/.installed

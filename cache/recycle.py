@@ -6,6 +6,7 @@ A fresh array of some megabytes costs as much as filling it: the system clears i
 import math
 from collections import deque
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -39,7 +40,8 @@ class Recycler:
 class _Lent:
     """Between a block and all that looks at it: numpy follows the owners of a view up to the first that is no array."""
 
-    def __init__(self, block: UInt8[np.ndarray, " _byte"], free: deque[UInt8[np.ndarray, " _byte"]]) -> None:
+    # Of any: whoever checks types at run time would look at an item that another thread takes just then.
+    def __init__(self, block: UInt8[np.ndarray, " _byte"], free: deque[Any]) -> None:
         self.__array_interface__ = block.__array_interface__
         self._block = block
         self._free = free

@@ -54,7 +54,7 @@ def codes(small_cache: clvq.Cache, folder: Path) -> dict[str, list[int]]:
     job("drifted", "paper", 2, harm="drift", rank=1, step=11)
     (folder / "no run").mkdir()
     (folder / "no run" / "letter.txt").write_text("not to be lost")
-    job("refused", "paper", 2, out=str(folder / "no run"))
+    job("no run", "paper", 2)
     told = [{"cache": str(small_cache.path), **each} for each in jobs.values()]
     done = _run([sys.executable, str(SCRIPT), "jobs", json.dumps(told)])
     assert done.returncode == 0, done.stderr
