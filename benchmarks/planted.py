@@ -62,7 +62,7 @@ SCENARIOS["all together"] = {
 }
 FIGURES = ("v_measure", "matched_f1", "ami", "fvu")
 TITLES = ("", "V-measure", "matched F1", "AMI", "own-code FVU", "AMI of seeds", "s/seed")
-WIDTHS = (33, 22, 22, 22, 22, 22, 6)
+WIDTHS = (33, 24, 24, 24, 24, 24, 6)
 
 Sides = dict[str, np.ndarray]
 

@@ -191,7 +191,7 @@ def _same(one: Path, other: Path) -> None:
 
 
 def _close(one: Path, other: Path) -> None:
-    """Each row with the same code, and all else equal but for the rounding of sums."""
+    """Each code with as many rows, and all else equal but for the rounding of sums."""
     wanted, found = _model(one), _model(other)
     assert torch.equal(found["tables.counts"], wanted["tables.counts"])
     for name, tensor in wanted.items():
