@@ -4,14 +4,23 @@ BIN := $(VENV)/bin
 # What mypy checks: the folder seen as the package `clvq`, whatever the clone is called.
 TYPED := .mypy_cache/src
 
-.PHONY: demo test soak check bench clean
+.PHONY: demo test test-store test-rest soak check bench clean
 
 # Extract, train and ablate on a real model and real texts; everything lands in demo/.
 demo: $(VENV)/.installed
 	$(BIN)/clvq demo --out demo
 
+# Two halves side by side, each in one process: many tests wait for processes more than they compute.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(MAKE) --keep-going --jobs=2 test-store test-rest
+
+STORE := $(wildcard tests/test_cache_*.py tests/test_trainer_*.py)
+
+test-store: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(STORE)
+
+test-rest: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(filter-out $(STORE),$(wildcard tests/test_*.py))
 
 # The long form of the fault tests: kills, flipped bits, full disks, several writers.
 soak: $(VENV)/.installed

@@ -7,17 +7,18 @@ together for the second half of the epochs, after k-means; all variants see the 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from clvq import Cache
-from clvq.trainer.config import PredictorEncoder, preset_config
+from clvq.trainer.config import PredictorEncoder, TrainConfig, preset_config, with_overrides
 from clvq.trainer.encoders import ResidualPredictor
 from clvq.trainer.kmeans import assign, blocks_of, kmeans
 from common import header
-from own_code import CPU, Side, _fvu, _interval, _sides
+from own_code import CPU, Side, _fvu, _interval, _judged, _sides
 from torch import Tensor, nn
 
 
@@ -57,10 +58,20 @@ VARIANTS = [
     Variant("joint: EMA, straight-through", "as VQ-VAEs are trained, from k-means on", joint="ema"),
     Variant("joint: EMA, rotation trick", "gradient rotated with the code", joint="rotation"),
 ]
+DECODERS = {
+    "decoder: default": {},
+    "decoder: no positions": {},
+    "decoder: 1 layer": {"decoder.layers": "1"},
+    "decoder: 4 layers": {"decoder.layers": "4"},
+    "decoder: 2 epochs": {"fit.epochs": "2"},
+    "decoder: 8 epochs": {"fit.epochs": "8"},
+    "decoder: dropout 0.1": {"decoder.dropout": "0.1"},
+}
+"""Settings of the decoder that differ from the default's, all of them on the default's codes."""
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--lower", default="8")
@@ -68,47 +79,80 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--decoders", action="store_true", help="the decoder's choices, and none of the encoder's")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines that is added to")
     given = parser.parse_args()
     print(header("clvq", "torch"))
     cache = Cache(given.cache)
-    config = preset_config("default", lower=cache.site(given.lower), upper=cache.site(given.upper), held_out="dev")
-    train, dev = _sides(cache, config)
+    config = with_overrides(
+        preset_config(
+            "default", lower=cache.site(given.lower), upper=cache.site(given.upper), codes=given.codes, held_out="dev"
+        ),
+        {"fit.precision": given.precision},
+    )
+    sides = _sides(cache, config)
+    names = list(DECODERS) if given.decoders else [variant.name for variant in VARIANTS]
     found: list[dict[str, object]] = []
     if given.results.exists():
         found = [json.loads(line) for line in given.results.read_text().splitlines()]
     done = {(line["cache"], line["name"], line["seed"]) for line in found}
     for seed in range(given.seeds):
-        for variant in VARIANTS:
-            if (given.cache.name, variant.name, seed) in done or (given.only and variant.name not in given.only):
-                continue
-            began = time.perf_counter()
-            line = {"cache": given.cache.name, "name": variant.name, "seed": seed}
-            line |= _run(variant, train, dev, given.codes, seed, low=given.precision == "bfloat16")
-            line["seconds"] = time.perf_counter() - began
-            found.append(line)
+        missing = [name for name in given.only or names if name in names and (given.cache.name, name, seed) not in done]
+        for line in _lines(missing, cache, with_overrides(config, {"seed": str(seed)}), sides):
+            found.append({"cache": given.cache.name, "seed": seed, **line})
             with open(given.results, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"  seed {seed} {variant.name}: {line['own']:.4f}", flush=True)
-    print(f"\n{given.cache.name}, {len(train.lower):,} training rows, K = {given.codes}, {given.precision}")
-    print("| variant | what is other | own-code FVU | less the default's, same seeds | used codes |")
-    print("|---|---|---|---|---|")
+                file.write(json.dumps(found[-1]) + "\n")
+    print(f"\n{given.cache.name}, {len(sides[0].lower):,} training rows, K = {given.codes}, {given.precision}")
     lines = [line for line in found if line["cache"] == given.cache.name]
-    base = {line["seed"]: float(line["own"]) for line in lines if line["name"] == "default"}  # type: ignore[arg-type]
-    for variant in VARIANTS:
-        own = [line for line in lines if line["name"] == variant.name]
+    why = {variant.name: variant.why for variant in VARIANTS}
+    for first, key, title in (("default", "own", "own-code"), ("decoder: default", "decoder", "decoder")):
+        own = [line for line in lines if key in line]
         if own:
-            values = [float(line["own"]) for line in own]  # type: ignore[arg-type]
-            less = [value - base[line["seed"]] for value, line in zip(values, own, strict=True) if line["seed"] in base]
-            used = sum(int(line["used"]) for line in own) / len(own)  # type: ignore[call-overload]
-            print(
-                f"| {variant.name} | {variant.why} | {_interval(values, '.4f')} "
-                f"| {'–' if variant.name == 'default' else _interval(less, '+.4f')} | {used:.0f} |"
+            print(f"\n| variant | what is other | {title} FVU | less the default's, same seeds | seeds |")
+            print("|---|---|---|---|---|")
+        base = {line["seed"]: float(line[key]) for line in own if line["name"] == first}  # type: ignore[arg-type]
+        for name in dict.fromkeys([*why, *DECODERS]):
+            values = {line["seed"]: float(line[key]) for line in own if line["name"] == name}  # type: ignore[arg-type]
+            less = [value - base[seed] for seed, value in values.items() if seed in base]
+            if values:
+                print(
+                    f"| {name} | {why.get(name, '')} | {_interval(list(values.values()), '.4f')} "
+                    f"| {'–' if name == first else _interval(less, '+.4f')} | {len(values)} |"
+                )
+
+
+def _lines(
+    names: list[str], cache: Cache, config: TrainConfig, sides: tuple[Side, Side]
+) -> Iterator[dict[str, object]]:
+    """What each variant comes to, with the config's seed."""
+    low, of_name = config.fit.precision == "bfloat16", {variant.name: variant for variant in VARIANTS}
+    codes: tuple[Tensor, Tensor] | None = None
+    for name in names:
+        began = time.perf_counter()
+        if name in of_name:
+            own, used, _ = _run(of_name[name], *sides, config.quantizer.codes, config.seed, low=low)
+            figures: dict[str, object] = {"own": own, "used": used}
+        else:
+            if codes is None:
+                codes = _run(VARIANTS[0], *sides, config.quantizer.codes, config.seed, low=low)[2]
+            judged = _judged(
+                cache,
+                with_overrides(config, DECODERS[name]),
+                sides,
+                *codes,
+                decoder=True,
+                positions=name != "decoder: no positions",
             )
+            figures = {"decoder": judged["decoder"]}
+        print(f"  seed {config.seed} {name}: {figures}", flush=True)
+        yield {"name": name, **figures, "seconds": time.perf_counter() - began}
 
 
-def _run(variant: Variant, train: Side, dev: Side, codes: int, seed: int, *, low: bool) -> dict[str, float]:
+def _run(
+    variant: Variant, train: Side, dev: Side, codes: int, seed: int, *, low: bool
+) -> tuple[float, int, tuple[Tensor, Tensor]]:
+    """Own-code FVU, codes used on the held-out rows, and each row's code on either side."""
     torch.manual_seed(seed)
     x, x_dev = _scaled(train.lower, dev.lower, per_channel=variant.per_channel)
     y_mean = train.upper.mean(dim=0)
@@ -132,7 +176,7 @@ def _run(variant: Variant, train: Side, dev: Side, codes: int, seed: int, *, low
     counts = torch.bincount(index, minlength=codes)
     sums = torch.zeros(codes, y.shape[1], dtype=torch.float64).index_add_(0, index, y.double())
     table = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], y.double().mean(dim=0))
-    return {"own": _fvu(y_dev, table[index_dev]), "used": len(index_dev.unique())}
+    return _fvu(y_dev, table[index_dev]), len(index_dev.unique()), (index, index_dev)
 
 
 def _scaled(lower: Tensor, other: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:

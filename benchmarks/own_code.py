@@ -34,6 +34,14 @@ from clvq.cache.stream import TextStream  # isort: skip
 CPU = torch.device("cpu")
 WAYS = ("k-means", "spherical k-means", "k-means, linear", "k-means, MLP", "default", "paper", "k-means, upper")
 RESAMPLES = 2_000
+USE = (("used", ".0f"), ("perplexity", ".0f"))
+OF_PRESET = (
+    ("own_code_fvu", ".4f"),
+    ("decoder_fvu_codes_only", ".4f"),
+    ("decoder_fvu_codes_shuffled", ".3f"),
+    ("perplexity", ".0f"),
+    ("used_codes", ".0f"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,9 @@ def main() -> None:
     parser.add_argument("--upper", default="12")
     parser.add_argument("--codes", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="below --seeds; several processes can share the seeds"
+    )
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--paper-epochs", type=int, default=3, help="of the published 50")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
@@ -66,7 +77,7 @@ def main() -> None:
     lowers, uppers = (_for_each(value, len(given.caches)) for value in (given.lower, given.upper))
     if not given.table:
         for path, lower, upper in zip(given.caches, lowers, uppers, strict=True):
-            for seed in range(given.seeds):
+            for seed in range(given.first_seed, given.seeds):
                 _run(path, lower, upper, seed, given)
     lines = [json.loads(line) for line in given.results.read_text().splitlines()]
     for path in given.caches:
@@ -207,7 +218,14 @@ def _fvu(upper: Tensor, predicted: Tensor) -> float:
 
 
 def _judged(
-    cache: Cache, config: TrainConfig, sides: tuple[Side, Side], train: Tensor, dev: Tensor, *, decoder: bool
+    cache: Cache,
+    config: TrainConfig,
+    sides: tuple[Side, Side],
+    train: Tensor,
+    dev: Tensor,
+    *,
+    decoder: bool,
+    positions: bool = True,
 ) -> dict[str, object]:
     """Own-code FVU, the decoder's, use of the codes; and each text's squared errors for paired intervals."""
     codes, (train_side, dev_side) = config.quantizer.codes, sides
@@ -218,7 +236,7 @@ def _judged(
     own = (dev_side.upper.double() - table[dev]).square().sum(dim=1)
     errors = {"own": own}
     if decoder:
-        decoded = _decoded(cache, config, sides, train, dev, table)
+        decoded = _decoded(cache, config, sides, train, dev, table, positions=positions)
         errors["decoder"] = (dev_side.upper.double() - decoded).square().sum(dim=1)
     deviation = dev_side.upper.double() - dev_side.upper.double().mean(dim=0)
     total = deviation.square().sum(dim=1)
@@ -239,7 +257,14 @@ def _judged(
 
 
 def _decoded(
-    cache: Cache, config: TrainConfig, sides: tuple[Side, Side], train: Tensor, dev: Tensor, table: Tensor
+    cache: Cache,
+    config: TrainConfig,
+    sides: tuple[Side, Side],
+    train: Tensor,
+    dev: Tensor,
+    table: Tensor,
+    *,
+    positions: bool,
 ) -> Tensor:
     """Upper rows of the held-out side from the texts' codes, by the default's decoder trained as the default trains."""
     texts, settings = Texts.of(cache, config), config.fit
@@ -267,7 +292,8 @@ def _decoded(
 
     def predicted(batch: Batch) -> Tensor:
         codes = own[code_of[batch.row[batch.mask]]]
-        added: Tensor = decoder(_laid_out(codes, batch.mask), batch.mask, batch.position)
+        position = batch.position if positions else torch.zeros_like(batch.position)
+        added: Tensor = decoder(_laid_out(codes, batch.mask), batch.mask, position)
         return codes + added[batch.mask].float()
 
     training, done, total = stream(texts.train), 0, settings.epochs * int(texts.train.sum())
@@ -299,16 +325,29 @@ def _table(name: str, lines: list[dict[str, object]]) -> None:
     if not ways:
         return
     print(f"\n{name}: {lines[0]['train_rows']:,} training rows, {lines[0]['dev_rows']:,} held-out rows")
-    print("| codes from | own-code FVU | decoder FVU | used | perplexity | AMI of seeds | own − default, paired |")
-    print("|---|---|---|---|---|---|---|")
-    default = {line["seed"]: line for line in lines if line["way"] == "default"}
-    for way in ways:
-        own = [line for line in lines if line["way"] == way]
-        cells = [_interval([float(line[key]) for line in own if key in line], ".4f") for key in ("own", "decoder")]  # type: ignore[arg-type]
-        cells += [f"{np.mean([line[key] for line in own]):.0f}" for key in ("used", "perplexity")]
+    print("| codes from | seeds | own-code FVU | × oracle | decoder FVU | used | perplexity | AMI | own − default |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    of_way = {way: [line for line in lines if line["way"] == way] for way in ways}
+    default = {line["seed"]: line for line in of_way.get("default", [])}
+    oracle = np.mean(_values(of_way.get("k-means, upper", []), "own") or [math.nan])
+    for way, own in of_way.items():
+        cells = [str(len(own)), _interval(_values(own, "own"), ".4f")]
+        cells.append(f"{np.mean(_values(own, 'own')) / oracle:.3f}")
+        cells += [_interval(_values(own, key), form) for key, form in (("decoder", ".4f"), *USE)]
         cells.append(_stability(own))
         cells.append(_paired(own, default) if way != "default" and default else "–")
-        print(f"| {way} ({len(own)} seeds) | {' | '.join(cells)} |")
+        print(f"| {way} | {' | '.join(cells)} |")
+    presets = {way: [line["report"] for line in own] for way, own in of_way.items() if "report" in own[0]}
+    if presets:
+        print("\n| preset | seeds | own-code FVU | its decoder, from codes | codes shuffled | perplexity | used |")
+        print("|---|---|---|---|---|---|---|")
+    for way, reports in presets.items():
+        cells = [_interval(_values(reports, key), form) for key, form in OF_PRESET]  # type: ignore[arg-type]
+        print(f"| {way} | {len(reports)} | {' | '.join(cells)} |")
+
+
+def _values(lines: list[dict[str, object]], key: str) -> list[float]:
+    return [float(line[key]) for line in lines if key in line]  # type: ignore[arg-type]
 
 
 def _interval(values: list[float], form: str) -> str:
