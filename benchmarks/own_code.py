@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,6 @@ from clvq.cache.stream import TextStream  # isort: skip
 CPU = torch.device("cpu")
 WAYS = ("k-means", "spherical k-means", "k-means, linear", "k-means, MLP", "default", "paper", "k-means, upper")
 RESAMPLES = 2_000
-USE = (("used", ".0f"), ("perplexity", ".0f"))
-OF_PRESET = (
-    ("own_code_fvu", ".4f"),
-    ("decoder_fvu_codes_only", ".4f"),
-    ("decoder_fvu_codes_shuffled", ".3f"),
-    ("perplexity", ".0f"),
-    ("used_codes", ".0f"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,8 @@ def main() -> None:
             for seed in range(given.first_seed, given.seeds):
                 _run(path, lower, upper, seed, given)
     lines = [json.loads(line) for line in given.results.read_text().splitlines()]
-    for path in given.caches:
-        _table(path.name, [line for line in lines if line["cache"] == path.name and line["way"] in given.ways])
+    names = [path.name for path in given.caches]
+    _tables([line for line in lines if line["cache"] in names and line["way"] in given.ways], names)
 
 
 def _for_each(value: str, count: int) -> list[str]:
@@ -320,30 +313,65 @@ def _decoded(
     return out
 
 
-def _table(name: str, lines: list[dict[str, object]]) -> None:
+def _tables(lines: list[dict[str, object]], names: list[str]) -> None:
+    """A table for each figure: a row for each cache, a column for each way."""
     ways = [way for way in WAYS if any(line["way"] == way for line in lines)]
-    if not ways:
-        return
-    print(f"\n{name}: {lines[0]['train_rows']:,} training rows, {lines[0]['dev_rows']:,} held-out rows")
-    print("| codes from | seeds | own-code FVU | × oracle | decoder FVU | used | perplexity | AMI | own − default |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    of_way = {way: [line for line in lines if line["way"] == way] for way in ways}
-    default = {line["seed"]: line for line in of_way.get("default", [])}
-    oracle = np.mean(_values(of_way.get("k-means, upper", []), "own") or [math.nan])
-    for way, own in of_way.items():
-        cells = [str(len(own)), _interval(_values(own, "own"), ".4f")]
-        cells.append(f"{np.mean(_values(own, 'own')) / oracle:.3f}")
-        cells += [_interval(_values(own, key), form) for key, form in (("decoder", ".4f"), *USE)]
-        cells.append(_stability(own))
-        cells.append(_paired(own, default) if way != "default" and default else "–")
-        print(f"| {way} | {' | '.join(cells)} |")
-    presets = {way: [line["report"] for line in own] for way, own in of_way.items() if "report" in own[0]}
-    if presets:
-        print("\n| preset | seeds | own-code FVU | its decoder, from codes | codes shuffled | perplexity | used |")
-        print("|---|---|---|---|---|---|---|")
-    for way, reports in presets.items():
-        cells = [_interval(_values(reports, key), form) for key, form in OF_PRESET]  # type: ignore[arg-type]
-        print(f"| {way} | {len(reports)} | {' | '.join(cells)} |")
+    cell = {
+        (name, way): [line for line in lines if (line["cache"], line["way"]) == (name, way)]
+        for name in names
+        for way in ways
+    }
+    most = max(map(len, cell.values()))
+    for title, figure in FIGURES.items():
+        shown = [way for way in ways if any(figure(cell[name, way], name, cell) for name in names)]
+        print(f"\n| {title} | {' | '.join(shown)} |\n|{'---|' * (len(shown) + 1)}")
+        for name in names:
+            cells = [figure(cell[name, way], name, cell) or "–" for way in shown]
+            seeds = [len(cell[name, way]) for way in shown]
+            cells = [
+                f"{text} [{count}]" if text != "–" and count < most else text
+                for text, count in zip(cells, seeds, strict=True)
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\n{most} seeds, or as many as [ ] says")
+
+
+Cells = dict[tuple[str, str], list[dict[str, object]]]
+
+
+def _mean(key: str, form: str) -> Callable[[list[dict[str, object]], str, Cells], str]:
+    return lambda lines, name, cell: _interval(_values(lines, key), form) if _values(lines, key) else ""
+
+
+def _of_preset(key: str, form: str) -> Callable[[list[dict[str, object]], str, Cells], str]:
+    def figure(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
+        reports: list[dict[str, object]] = [line["report"] for line in lines if "report" in line]  # type: ignore[misc]
+        return _interval(_values(reports, key), form) if reports else ""
+
+    return figure
+
+
+def _to_oracle(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
+    oracle = _values(cell.get((name, "k-means, upper"), []), "own")
+    return f"{np.mean(_values(lines, 'own')) / np.mean(oracle):.3f}" if lines and oracle else ""
+
+
+def _less_default(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
+    default = {line["seed"]: line for line in cell.get((name, "default"), [])}
+    return _paired(lines, default) if default and lines and lines[0]["way"] != "default" else ""
+
+
+FIGURES = {
+    "own-code FVU": _mean("own", ".4f"),
+    "own-code FVU, × oracle": _to_oracle,
+    "own-code FVU less default's": _less_default,
+    "decoder FVU, the same decoder": _mean("decoder", ".4f"),
+    "decoder FVU from codes, the preset's own": _of_preset("decoder_fvu_codes_only", ".4f"),
+    "the same, codes shuffled": _of_preset("decoder_fvu_codes_shuffled", ".3f"),
+    "codes used": _mean("used", ".0f"),
+    "perplexity": _mean("perplexity", ".0f"),
+    "AMI of seeds": lambda lines, name, cell: _stability(lines) if len(lines) > 1 else "",
+}
 
 
 def _values(lines: list[dict[str, object]], key: str) -> list[float]:
