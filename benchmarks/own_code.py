@@ -356,16 +356,21 @@ def _to_oracle(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
     return f"{np.mean(_values(lines, 'own')) / np.mean(oracle):.3f}" if lines and oracle else ""
 
 
-def _less_default(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
-    default = {line["seed"]: line for line in cell.get((name, "default"), [])}
-    return _paired(lines, default) if default and lines and lines[0]["way"] != "default" else ""
+def _less_default(key: str) -> Callable[[list[dict[str, object]], str, Cells], str]:
+    def figure(lines: list[dict[str, object]], name: str, cell: Cells) -> str:
+        default = {line["seed"]: line for line in cell.get((name, "default"), []) if key in line}
+        own = [line for line in lines if key in line and line["way"] != "default"]
+        return _paired(own, default, key) if default and own else ""
+
+    return figure
 
 
 FIGURES = {
     "own-code FVU": _mean("own", ".4f"),
     "own-code FVU, × oracle": _to_oracle,
-    "own-code FVU less default's": _less_default,
+    "own-code FVU less default's": _less_default("own"),
     "decoder FVU, the same decoder": _mean("decoder", ".4f"),
+    "decoder FVU less default's": _less_default("decoder"),
     "decoder FVU from codes, the preset's own": _of_preset("decoder_fvu_codes_only", ".4f"),
     "the same, codes shuffled": _of_preset("decoder_fvu_codes_shuffled", ".3f"),
     "codes used": _mean("used", ".0f"),
@@ -382,7 +387,7 @@ def _interval(values: list[float], form: str) -> str:
     if len(values) < 2:
         return f"{values[0]:{form}}" if values else "–"
     half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{np.mean(values):{form}} ± {half:{form}}"
+    return f"{np.mean(values):{form}} ± {half:{form.lstrip('+')}}"
 
 
 def _stability(lines: list[dict[str, object]]) -> str:
@@ -391,12 +396,12 @@ def _stability(lines: list[dict[str, object]]) -> str:
     return f"{assignment_stability([np.array(line['dev_codes']) for line in lines]).mean:.3f}"
 
 
-def _paired(lines: list[dict[str, object]], default: dict[object, dict[str, object]]) -> str:
-    """Own-code FVU less the default's, texts resampled, seeds averaged."""
+def _paired(lines: list[dict[str, object]], default: dict[object, dict[str, object]], key: str) -> str:
+    """A FVU less the default's, texts resampled, seeds averaged."""
     pairs = [(line["by_text"], default[line["seed"]]["by_text"]) for line in lines if line["seed"] in default]
     if not pairs:
         return "–"
-    difference = np.mean([np.subtract(one["own"], other["own"]) for one, other in pairs], axis=0)  # type: ignore[index]
+    difference = np.mean([np.subtract(one[key], other[key]) for one, other in pairs], axis=0)  # type: ignore[index]
     total = np.array(pairs[0][0]["total"])  # type: ignore[index]
     generator = np.random.default_rng(0)
     picked = generator.integers(0, len(total), (RESAMPLES, len(total)))
