@@ -9,7 +9,8 @@ interval of the mean by Student's t: the data of a scenario are the same for all
   standardised channels) says of the upper row from the lower row alone. `upper` is told the upper row itself, which no
   other method is.
 * `clvq paper` has `--paper-epochs` epochs instead of 50 and a decoder of two layers of 256 units instead of six of
-  2,048; `clvq default` has `--default-epochs` epochs for its decoder. Both keep their own number of starts.
+  2,048; `clvq default` has `--default-epochs` epochs for its decoder; `longer` also has
+  `--encoder-epochs` epochs for its encoder instead of 8. All keep their own number of starts.
 * `truth` is told the concept. The ceilings are told all that was added to each row but noise, with or without the row
   before it: see `Planted.ceiling`.
 
@@ -60,6 +61,7 @@ SCENARIOS["all together"] = {
     "row_pairs": 5,
     "neighbour_pairs": 4,
 }
+LONGER = "clvq default, longer"
 FIGURES = ("v_measure", "matched_f1", "ami", "fvu")
 TITLES = ("", "V-measure", "matched F1", "AMI", "own-code FVU", "AMI of seeds", "s/seed")
 WIDTHS = (33, 24, 24, 24, 24, 24, 6)
@@ -159,7 +161,7 @@ class PerRow(torch.nn.Module):
 def ours(data: Data, preset: str, changes: dict[str, str], *, codes: int, seed: int) -> Sides:
     """A run of clvq."""
     config = preset_config(preset, lower=LOWER, upper=UPPER, codes=codes, held_out="dev", seed=seed)
-    out = data.folder / f"{preset}-{codes}-{seed}"
+    out = data.folder / f"{preset}-{'-'.join(changes.values())}-{codes}-{seed}"
     fit(data.planted.cache, with_overrides(config, changes), out, device=torch.device("cpu"))
     run = Run.from_pretrained(out)
     return {side: run.assign(rows) for side, rows in data.lower.items()}
@@ -170,7 +172,8 @@ def methods(data: Data) -> dict[str, Callable[..., Sides]]:
     options, straight = data.options, linear(data)
     paper = {"fit.epochs": str(options.paper_epochs), "decoder.layers": "2", "decoder.hidden": "256"}
     default = {"fit.epochs": str(options.default_epochs)}
-    return {
+    longer = {**default, "encoder.epochs": str(options.encoder_epochs)}
+    found: dict[str, Callable[..., Sides]] = {
         "k-means, lower": lambda codes, seed: clustered(data, data.centred, codes=codes, seed=seed),
         "k-means, lower, spherical": lambda codes, seed: on_sphere(data, codes=codes, seed=seed),
         "k-means, linear": lambda codes, seed: clustered(data, straight, codes=codes, seed=seed),
@@ -178,7 +181,9 @@ def methods(data: Data) -> dict[str, Callable[..., Sides]]:
         "k-means, upper": lambda codes, seed: clustered(data, data.upper, codes=codes, seed=seed),
         "clvq paper": lambda codes, seed: ours(data, "paper", paper, codes=codes, seed=seed),
         "clvq default": lambda codes, seed: ours(data, "default", default, codes=codes, seed=seed),
+        LONGER: lambda codes, seed: ours(data, "default", longer, codes=codes, seed=seed),
     }
+    return {name: method for name, method in found.items() if not options.methods or name in options.methods}
 
 
 def table(rows: np.ndarray, index: np.ndarray, codes: int) -> np.ndarray:
@@ -274,11 +279,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mlp-epochs", type=int, default=15)
     parser.add_argument("--paper-epochs", type=int, default=5)
     parser.add_argument("--default-epochs", type=int, default=5)
+    parser.add_argument("--encoder-epochs", type=int, default=40, help=f"of {LONGER}")
+    parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--json", type=Path, help="where to save all figures of all seeds")
     options = parser.parse_args()
     if options.quick:
         options.texts, options.seeds, options.scenario = 300, 2, options.scenario or ["plain", "all together"]
-        options.mlp_epochs = options.paper_epochs = options.default_epochs = 2
+        options.mlp_epochs = options.paper_epochs = options.default_epochs = options.encoder_epochs = 2
     return options
 
 
