@@ -10,7 +10,7 @@ interval of the mean by Student's t: the data of a scenario are the same for all
   other method is.
 * `clvq paper` has `--paper-epochs` epochs instead of 50 and a decoder of two layers of 256 units instead of six of
   2,048; `clvq default` has `--default-epochs` epochs for its decoder; `longer` also has
-  `--encoder-epochs` epochs for its encoder instead of 8. All keep their own number of starts.
+  `--encoder-epochs` epochs for its encoder instead of 8. All start from clvq's own k-means.
 * `truth` is told the concept. The ceilings are told all that was added to each row but noise, with or without the row
   before it: see `Planted.ceiling`.
 
