@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from clvq import Cache
-from clvq.trainer.config import PredictorEncoder, TrainConfig, preset_config, with_overrides
+from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.encoders import ResidualPredictor
 from clvq.trainer.kmeans import assign, blocks_of, kmeans
-from common import header
-from own_code import CPU, Side, _fvu, _interval, _judged, _sides
+from common import code_means, header
+from own_code import CPU, Side, _fvu, _interval, _judged, _sides, steps, train_predictor
 from torch import Tensor, nn
 
 
@@ -158,14 +158,9 @@ def _run(
     y_mean = train.upper.mean(dim=0)
     y_scale = (train.upper - y_mean).square().mean().sqrt()
     y, y_dev = (train.upper - y_mean) / y_scale, (dev.upper - y_mean) / y_scale
-    settings = PredictorEncoder(
-        kind="predictor", expansion=4, blocks=variant.blocks, dropout=variant.dropout, epochs=1, rows_per_batch=1
-    )
-    network = ResidualPredictor(
-        x.shape[1], y.shape[1], expansion=settings.expansion, blocks=settings.blocks, dropout=settings.dropout
-    )
+    network = ResidualPredictor(x.shape[1], y.shape[1], expansion=4, blocks=variant.blocks, dropout=variant.dropout)
     alone = variant.epochs // 2 if variant.joint else variant.epochs
-    _train(network, x, y, epochs=alone, batch=variant.batch, seed=seed, low=low)
+    train_predictor(network, x, y, epochs=alone, batch=variant.batch, seed=seed, low=low)
     centroids = _start(variant, _encoded(network, x), codes, seed)
     if variant.joint:
         centroids = _train_jointly(network, centroids, x, y, variant, epochs=variant.epochs - alone, seed=seed, low=low)
@@ -173,9 +168,7 @@ def _run(
     if variant.cosine:
         z, z_dev = F.normalize(z, dim=1), F.normalize(z_dev, dim=1)
     index, index_dev = assign(z, centroids), assign(z_dev, centroids)
-    counts = torch.bincount(index, minlength=codes)
-    sums = torch.zeros(codes, y.shape[1], dtype=torch.float64).index_add_(0, index, y.double())
-    table = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], y.double().mean(dim=0))
+    table = code_means(y, index, codes)
     return _fvu(y_dev, table[index_dev]), len(index_dev.unique()), (index, index_dev)
 
 
@@ -209,30 +202,6 @@ def _seeds(rows: Tensor, codes: int, seed: int) -> Tensor:
     return torch.from_numpy(kmeans_plusplus(sample.numpy(), codes, random_state=seed)[0])
 
 
-def _steps(
-    x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, *, epochs: int, batch: int, seed: int, rate: float
-) -> "object":
-    """Batches of rows, the rate set before each; and the share that is over."""
-    generator, step, steps = torch.Generator().manual_seed(seed), 0, epochs * (len(x) // batch)
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=generator)[: len(x) // batch * batch].split(batch):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps)
-            yield x[index], y[index], step / steps
-            step += 1
-
-
-def _train(network: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int, seed: int, low: bool) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
-    network.train()
-    for rows, target, _ in _steps(x, y, optimizer, epochs=epochs, batch=batch, seed=seed, rate=1e-3):  # type: ignore[attr-defined]
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            predicted = network(rows)
-        optimizer.zero_grad()
-        F.mse_loss(predicted.float(), target).backward()
-        optimizer.step()
-
-
 def _train_jointly(
     network: nn.Module,
     centroids: Tensor,
@@ -261,8 +230,8 @@ def _train_jointly(
         fused=True,
     )
     network.train()
-    steps = _steps(x, y, optimizer, epochs=epochs, batch=variant.batch, seed=seed + 1, rate=5e-4)
-    for rows, target, over in steps:  # type: ignore[attr-defined]
+    drawn = steps(x, y, optimizer, epochs=epochs, batch=variant.batch, seed=seed + 1, rate=5e-4)
+    for rows, target, over in drawn:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             encoded = network(rows)
         encoded = encoded.float()

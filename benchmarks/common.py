@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def header(*packages: str) -> str:
@@ -57,6 +61,16 @@ def report(title: str, seconds: dict[str, list[float]], *, ours: str, amount: in
             f"  {name:<48} {amount / median:>12,.0f} {unit}/s   {min(values):7.2f}–{max(values):.2f} s"
             f"   ours is {median / base:5.2f} × as fast"
         )
+
+
+def code_means(rows: "Tensor", index: "Tensor", codes: int) -> "Tensor":
+    """Mean row of each code in float64; of all rows for a code without any."""
+    import torch
+
+    wide = rows.double()
+    counts = torch.bincount(index, minlength=codes)
+    sums = wide.new_zeros(codes, wide.shape[1]).index_add_(0, index, wide)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], wide.mean(dim=0))
 
 
 class Peak:

@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from clvq import Cache
 from clvq.evaluation.agreement import assignment_stability
+from clvq.evaluation.bootstrap import RESAMPLES
+from clvq.evaluation.compare import over_seeds
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.data import Texts
 from clvq.trainer.decoders import CodesDecoder
@@ -26,15 +28,13 @@ from clvq.trainer.fit import fit
 from clvq.trainer.kmeans import assign, blocks_of, kmeans
 from clvq.trainer.network import Batch, _laid_out
 from clvq.trainer.run import Run
-from common import header
-from scipy.stats import t as student
+from common import code_means, header
 from torch import Tensor, nn
 
 from clvq.cache.stream import TextStream  # isort: skip
 
 CPU = torch.device("cpu")
 WAYS = ("k-means", "spherical k-means", "k-means, linear", "k-means, MLP", "default", "paper", "k-means, upper")
-RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,35 @@ def _mlp(train: Side, dev: Side, seed: int, *, epochs: int = 7, batch: int = 512
     y_mean, y_scale = train.upper.mean(dim=0), (train.upper - train.upper.mean(dim=0)).square().mean().sqrt()
     wide, out = train.lower.shape[1], train.upper.shape[1]
     network = nn.Sequential(nn.Linear(wide, 4 * wide), nn.GELU(), nn.Linear(4 * wide, out))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
-    generator, steps, step = torch.Generator().manual_seed(seed), epochs * (len(train.lower) // batch), 0
     x, y = (train.lower - mean) / scale, (train.upper - y_mean) / y_scale
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=generator)[: len(x) // batch * batch].split(batch):
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps)
-            optimizer.zero_grad()
-            nn.functional.mse_loss(network(x[index]), y[index]).backward()
-            optimizer.step()
-            step += 1
+    train_predictor(network, x, y, epochs=epochs, batch=batch, seed=seed, low=False)
     with torch.no_grad():
         return tuple(network((side.lower - mean) / scale) * y_scale + y_mean for side in (train, dev))  # type: ignore[return-value]
+
+
+def steps(
+    x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, *, epochs: int, batch: int, seed: int, rate: float
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Batches of rows, the rate set before each; and the share that is over."""
+    generator, step, count = torch.Generator().manual_seed(seed), 0, epochs * (len(x) // batch)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=generator)[: len(x) // batch * batch].split(batch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / (0.05 * count)) * (1 - step / count)
+            yield x[index], y[index], step / count
+            step += 1
+
+
+def train_predictor(network: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int, seed: int, low: bool) -> None:
+    """AdamW on the mean squared error; products in bfloat16 where `low`."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    network.train()
+    for rows, target, _ in steps(x, y, optimizer, epochs=epochs, batch=batch, seed=seed, rate=1e-3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            predicted = network(rows)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(predicted.float(), target).backward()
+        optimizer.step()
 
 
 def _fvu(upper: Tensor, predicted: Tensor) -> float:
@@ -222,10 +239,7 @@ def _judged(
 ) -> dict[str, object]:
     """Own-code FVU, the decoder's, use of the codes; and each text's squared errors for paired intervals."""
     codes, (train_side, dev_side) = config.quantizer.codes, sides
-    sums = torch.zeros(codes, train_side.upper.shape[1], dtype=torch.float64)
-    sums.index_add_(0, train, train_side.upper.double())
-    counts, mean = torch.bincount(train, minlength=codes), train_side.upper.double().mean(dim=0)
-    table = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], mean)
+    table = code_means(train_side.upper, train, codes)
     own = (dev_side.upper.double() - table[dev]).square().sum(dim=1)
     errors = {"own": own}
     if decoder:
@@ -375,7 +389,7 @@ FIGURES = {
     "the same, codes shuffled": _of_preset("decoder_fvu_codes_shuffled", ".3f"),
     "codes used": _mean("used", ".0f"),
     "perplexity": _mean("perplexity", ".0f"),
-    "AMI of seeds": lambda lines, name, cell: _stability(lines) if len(lines) > 1 else "",
+    "AMI of seeds": lambda lines, name, cell: _stability(lines),
 }
 
 
@@ -384,15 +398,13 @@ def _values(lines: list[dict[str, object]], key: str) -> list[float]:
 
 
 def _interval(values: list[float], form: str) -> str:
-    if len(values) < 2:
-        return f"{values[0]:{form}}" if values else "–"
-    half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{np.mean(values):{form}} ± {half:{form.lstrip('+')}}"
+    found = over_seeds(np.array(values))
+    return f"{found.mean:{form}}" + ("" if found.high is None else f" ± {found.high - found.mean:{form.lstrip('+')}}")
 
 
 def _stability(lines: list[dict[str, object]]) -> str:
     if len(lines) < 2:
-        return "–"
+        return ""
     return f"{assignment_stability([np.array(line['dev_codes']) for line in lines]).mean:.3f}"
 
 

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 from clvq.evaluation.agreement import assignment_stability, direction_stability, matched_f1, recovery
+from clvq.evaluation.compare import over_seeds
 from clvq.evaluation.planted import LOWER, UPPER, Planted, PlantedConfig, plant
 from clvq.trainer.config import preset_config, with_overrides
 from clvq.trainer.fit import fit
 from clvq.trainer.run import Run
-from common import header
-from scipy.stats import t
+from common import code_means, header
 from sklearn.cluster import KMeans
 
 SIDES = ("train", "dev")
@@ -187,11 +187,8 @@ def methods(data: Data) -> dict[str, Callable[..., Sides]]:
 
 
 def table(rows: np.ndarray, index: np.ndarray, codes: int) -> np.ndarray:
-    """Mean row of each code; of all rows for a code without any."""
-    counts = np.bincount(index, minlength=codes)
-    sums = np.zeros((codes, rows.shape[1]))
-    np.add.at(sums, index, rows)
-    return np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], rows.mean(axis=0, dtype=np.float64))
+    """`code_means` of arrays."""
+    return code_means(torch.from_numpy(rows), torch.from_numpy(index), codes).numpy()
 
 
 def figures(data: Data, found: Sides, codes: int) -> dict[str, float]:
@@ -248,11 +245,8 @@ def bounds(data: Data, scenario: str) -> list[dict[str, Any]]:
 
 def interval(values: list[float]) -> str:
     """Mean and 95 % interval of the mean."""
-    if len(values) == 1:
-        return f"{values[0]:5.3f}"
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    mean = np.mean(values)
-    return f"{mean:5.3f} [{mean - half:5.3f}, {mean + half:5.3f}]"
+    found = over_seeds(np.array(values))
+    return f"{found.mean:5.3f}" + ("" if found.low is None else f" [{found.low:5.3f}, {found.high:5.3f}]")
 
 
 def show(line: dict[str, Any]) -> None:

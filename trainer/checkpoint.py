@@ -76,7 +76,7 @@ class Fitting:
         self.best_tensors: dict[str, Tensor] = {}
         device = network.upper_mean.device
         self.code_counts = torch.zeros(codes, dtype=torch.int64, device=device)
-        """Rows of each code in the epoch so far, those of this process."""
+        """Rows of each code in the epoch so far, those of this process; of no code where the codebook stays."""
         self.code_sums = torch.zeros(codes, d_upper, dtype=torch.float64, device=device)
         """Sum of those rows at the upper site."""
 

@@ -125,12 +125,10 @@ def _held_out(
     fvu, indices, places = Unexplained(network.upper_mean), [], []
     for _, batch in batches(stream, config, device, progress=progress):
         output, upper = network(batch), batch.upper[batch.mask]
-        ways = {
-            "own_code_fvu": tables.upper_table[output.index],
-            "decoder_fvu_codes_only": network.from_codes(output.index, batch.mask, batch.position),
-        }
+        ways = {"own_code_fvu": tables.upper_table[output.index], "decoder_fvu_codes_only": output.predicted}
         if isinstance(network, PaperNetwork):
             ways["decoder_fvu_published"] = output.predicted
+            ways["decoder_fvu_codes_only"] = network.from_codes(output.index, batch.mask, batch.position)
         fvu.add(upper, **ways)
         indices.append(output.index)
         places.append(batch.row[batch.mask])

@@ -19,15 +19,15 @@ from ..errors import ClvqError, Interrupted
 from ..progress import Progress
 from . import ranks
 from .checkpoint import Fitting
-from .config import PredictorEncoder, TrainConfig
+from .config import EmaQuantizer, PredictorEncoder, TrainConfig
 from .data import Texts, blocks, statistics
 from .folder import CHECKPOINT, TENSORBOARD, append_metrics, read_metrics
+from .kmeans import kmeans
 from .measure import encoder_figures, held_out_figures
 from .network import Batch, DefaultNetwork, Network, Output, on_device
 from .noise import RowNoise
 from .quantizer import EmaCodebook
 from .report import training_tables, write_results
-from .start import starting_codes
 from .tensorboard import TensorBoard
 
 # Steps from one comparison of the processes' codebooks to the next: a few ms each, so that it costs nothing.
@@ -76,8 +76,9 @@ class Training:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=config.optimizer.plateau_factor, patience=config.optimizer.plateau_patience
         )
+        follows = config.quantizer if isinstance(config.quantizer, EmaQuantizer) else None
         self.fitting = Fitting(
-            network, optimizer, plateau, codes=config.quantizer.codes, d_upper=cache.width(config.upper)
+            network, optimizer, plateau, codes=follows.codes if follows else 0, d_upper=cache.width(config.upper)
         )
         self.shown: dict[str, float] = {}
         self.saved_at = time.monotonic()
@@ -197,15 +198,17 @@ class Training:
 
         with ranks.led() as leads:
             if leads:
-                codes = starting_codes(
+                found = kmeans(
                     encoded,
-                    start,
                     codes=self.config.quantizer.codes,
+                    iterations=start.iterations,
                     seed=self.config.seed,
                     device=self.device,
+                    spherical=start.spherical,
+                    tolerance=start.tolerance,
                     progress=self.progress,
                 )
-                network.quantizer.start(codes)
+                network.quantizer.start(found.centroids)
         ranks.spread(*network.quantizer.buffers())
         if isinstance(network, DefaultNetwork):
             tables = training_tables(network, self.cache, self.config, self.texts, self.device, progress=self.progress)
