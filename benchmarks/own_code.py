@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables")
     given = parser.parse_args()
     print(header("clvq", "torch", "numpy"))
-    print(f"K = {given.codes}; paper: {given.paper_epochs} epochs; products in {given.precision}\n")
     lowers, uppers = (_for_each(value, len(given.caches)) for value in (given.lower, given.upper))
     if not given.table:
+        print(f"K = {given.codes}; paper: {given.paper_epochs} epochs; products in {given.precision}\n")
         for path, lower, upper in zip(given.caches, lowers, uppers, strict=True):
             for seed in range(given.first_seed, given.seeds):
                 _run(path, lower, upper, seed, given)
@@ -338,6 +338,8 @@ def _tables(lines: list[dict[str, object]], names: list[str]) -> None:
     most = max(map(len, cell.values()))
     for title, figure in FIGURES.items():
         shown = [way for way in ways if any(figure(cell[name, way], name, cell) for name in names)]
+        if not shown:
+            continue
         print(f"\n| {title} | {' | '.join(shown)} |\n|{'---|' * (len(shown) + 1)}")
         for name in names:
             cells = [figure(cell[name, way], name, cell) or "–" for way in shown]
