@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .cache.reader import Cache
     from .evaluation.compare import Compared, OverSeeds
-    from .trainer.config import TrainConfig
+    from .trainer.methods import PlainConfig, TrainedConfig
     from .trainer.sweep import Member
 
 SWEEP = "sweep.json"
@@ -40,8 +40,12 @@ def train(
     lower: Annotated[str, typer.Option(help="Site that is mapped, such as 8.")],
     upper: Annotated[str, typer.Option(help="Site that it is mapped to, such as 12.")],
     out: Annotated[Path, typer.Option(help="The run to write; of a sweep, the folder for its runs.")],
-    preset: Annotated[str, typer.Option(help="default, or paper for the published method.")] = "default",
-    codes: Annotated[int, typer.Option(min=2, help="Size of the codebook.")] = 400,
+    method: Annotated[
+        str,
+        typer.Option(help="clvq-vae, or a rival: vq-vae, kmeans, agglomerative, sae, cross-sae, pca, mean-difference."),
+    ] = "clvq-vae",
+    preset: Annotated[str, typer.Option(help="default, or paper for the published clvq-vae or vq-vae.")] = "default",
+    codes: Annotated[int | None, typer.Option(min=2, help="Number of concepts; else 400, or 4,096 latents.")] = None,
     split: Annotated[str, typer.Option(help="Splits to train on; else train, or the only one there is.")] = "",
     held_out: Annotated[str | None, typer.Option(help="Split to measure on; else a seeded 10 % of the texts.")] = None,
     config: Annotated[
@@ -72,9 +76,10 @@ def train(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train a CLVQ-VAE from a cache, or many of them (--sweep, --seeds). Run again to resume."""
+    """Train concepts from a cache: CLVQ-VAE or a rival, or many of them (--sweep, --seeds). Run again to resume."""
     from .cache.sharing.remote import open_cache
-    from .trainer.config import preset_config, with_overrides
+    from .trainer.config import with_overrides
+    from .trainer.methods import method_config
 
     together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     many = bool(sweep) or seeds > 1
@@ -87,11 +92,13 @@ def train(
     if threads is not None:
         set_threads(threads)
     opened = open_cache(cache)
-    resolved = preset_config(
-        preset,
+    resolved = method_config(
+        method,
+        preset=preset,
         lower=opened.site(lower),
         upper=opened.site(upper),
         codes=codes,
+        classes=1 + max((label for label in opened.texts["label"].to_pylist() if label is not None), default=-1),
         split=tuple(names(split) or (["train"] if len(opened.manifest.splits) > 1 else opened.manifest.splits)),
         held_out=held_out,
         seed=seed,
@@ -103,7 +110,9 @@ def train(
     where = device_of(device)
     if where.type == "cpu":
         threads = threads or 1
-    base = [cache, "--lower", lower, "--upper", upper, "--preset", preset, "--codes", str(codes), "--split", split]
+    base = [cache, "--lower", lower, "--upper", upper, "--method", method, "--preset", preset]
+    base += ["--split", split]
+    base += [] if codes is None else ["--codes", str(codes)]
     base += ["--device", str(where)]
     base += [] if held_out is None else ["--held-out", held_out]
     base += [] if config is None else ["--config", str(config)]
@@ -115,7 +124,7 @@ def train(
 
 def _train(
     cache: "Cache",
-    config: "TrainConfig",
+    config: "TrainedConfig | PlainConfig",
     out: Path,
     device: str,
     shared: Path | None,
@@ -163,7 +172,7 @@ def _stop_when_input_ends() -> None:
 
 def _sweep(
     cache: "Cache",
-    config: "TrainConfig",
+    config: "TrainedConfig | PlainConfig",
     out: Path,
     base: list[str],
     device: "torch.device",

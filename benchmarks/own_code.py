@@ -21,12 +21,13 @@ from clvq import Cache
 from clvq.evaluation.agreement import assignment_stability
 from clvq.evaluation.bootstrap import RESAMPLES
 from clvq.evaluation.compare import over_seeds
+from clvq.trainer.concepts import Batch
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.data import Texts
 from clvq.trainer.decoders import CodesDecoder
 from clvq.trainer.fit import fit
 from clvq.trainer.kmeans import assign, blocks_of, kmeans
-from clvq.trainer.network import Batch, _laid_out
+from clvq.trainer.network import _laid_out
 from clvq.trainer.run import Run
 from common import code_means, header
 from torch import Tensor, nn

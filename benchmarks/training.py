@@ -276,13 +276,13 @@ def overhead(settings: Settings) -> dict[str, Any]:
         networks.append(network)
         handles.append(network.register_forward_pre_hook(keep, with_kwargs=True))
         if isinstance(network, DefaultNetwork):
-            predict = network.prediction_loss
+            predict = network.row_losses
 
-            def kept(*given: Any) -> torch.Tensor:
-                calls["encoder"].append((given, {}))
-                return predict(*given)
+            def kept(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+                calls["encoder"].append((given, named))
+                return predict(*given, **named)
 
-            network.prediction_loss = kept
+            network.row_losses = kept
 
     handles: list[Any] = [register_optimizer_step_pre_hook(lambda optimizer, *_: optimizers.append(optimizer))]
     clock = Clock()
@@ -299,7 +299,7 @@ def overhead(settings: Settings) -> dict[str, Any]:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.fit.precision == "bfloat16"):
                 # The method of the class: that of the object is the one that keeps.
                 loss = (
-                    type(network).prediction_loss(network, *given)
+                    type(network).row_losses(network, *given, **named)["predictor"]
                     if phase == "encoder"
                     else torch.stack(list(network(*given, **named).losses.values())).sum()
                 )

@@ -68,7 +68,7 @@ def compare(cache: Cache, groups: Mapping[str, Sequence[Path]], *, progress: Pro
 def _compared(cache: Cache, paths: Sequence[Path], progress: Progress) -> Compared:
     reports = [json.loads((path / REPORT).read_bytes()) for path in paths]
     # A report has null for what is undefined, which becomes NaN.
-    values = {name: np.array([report[name] for report in reports], dtype=np.float64) for name in FIGURES}
+    values = {name: np.array([report.get(name) for report in reports], dtype=np.float64) for name in FIGURES}
     figures = {name: over_seeds(found) for name, found in values.items() if len(found) and np.isfinite(found).all()}
     if len(paths) < 2:
         progress.advance(len(paths))

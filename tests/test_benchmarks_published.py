@@ -8,8 +8,9 @@ import clvq
 import numpy as np
 import pytest
 import torch
+from clvq.trainer.concepts import Batch
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
-from clvq.trainer.network import Batch, PaperNetwork, build
+from clvq.trainer.network import PaperNetwork, build
 
 D, D_UPPER, CODES, LONGEST = 16, 12, 7, 9
 LENGTHS = torch.tensor([4, 1, 6, 3])
@@ -58,7 +59,7 @@ def test_without_draws_the_published_layout_has_the_loss_and_course_of_the_paper
     theirs = published.PublishedNetwork.of(ours, config).train()
     lower, upper, mask = _rows(0)
     everywhere = torch.arange(mask.shape[1]).expand(mask.shape).clone()
-    batch = Batch(lower=lower, upper=upper, mask=mask, position=everywhere, row=everywhere)
+    batch = Batch(lower=lower, upper=upper, target=upper, mask=mask, position=everywhere, row=everywhere)
     x, y, _ = _rows(LONGEST - int(LENGTHS.max()))
     settings = {"lr": 1e-3, "weight_decay": config.optimizer.weight_decay}
     optimizers = [torch.optim.Adam(network.parameters(), **settings) for network in (ours, theirs)]

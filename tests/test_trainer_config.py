@@ -66,9 +66,9 @@ def test_no_override_leaves_the_settings_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("fit.epoch", "3", "there is no setting 'fit.epoch': in 'fit' there are epochs, patience, texts_per_batch"),
-        ("epochs", "3", "there is no setting 'epochs': here there are method, preset, lower"),
-        ("fit", "3", "'fit' is a group of settings: set one of fit.epochs"),
+        ("fit.epoch", "3", "there is no setting 'fit.epoch': in 'fit' there are texts_per_batch, slots_per_batch"),
+        ("epochs", "3", "there is no setting 'epochs': here there are lower, upper, split"),
+        ("fit", "3", "'fit' is a group of settings: set one of fit.texts_per_batch"),
         ("seed.x", "3", "there is no setting 'seed.x'"),
         ("fit.epochs", "many", "fit.epochs cannot be 'many': Input should be a valid integer"),
         ("encoder.expansion", "0", "encoder.expansion cannot be 0: Input should be greater than or equal to 1"),
@@ -77,7 +77,7 @@ def test_no_override_leaves_the_settings_as_they_are() -> None:
         ("quantizer.top_k", "2", "there is no setting 'quantizer.top_k': in 'quantizer' there are kind, codes"),
         ("fit.precision", "float16", "fit.precision cannot be 'float16': Input should be 'float32' or 'bfloat16'"),
         ("optimizer.schedule", "cosine", "optimizer.schedule cannot be 'cosine'"),
-        ("preset", "paper", "preset cannot be set by itself: choose another --preset"),
+        ("preset", "paper", "preset cannot be set by itself: choose another --method or --preset"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(name: str, value: str, message: str) -> None:
@@ -87,7 +87,7 @@ def test_a_wrong_override_is_refused_by_name(name: str, value: str, message: str
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="there is no preset 'best': use one of paper, default"):
+    with pytest.raises(ConfigError, match="clvq-vae has no preset 'best': use one of paper, default"):
         preset_config("best", lower="hidden.1", upper="hidden.2")
 
 

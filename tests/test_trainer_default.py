@@ -10,10 +10,11 @@ import safetensors.numpy
 import torch
 from clvq.cache.statistics import SiteStatistics
 from clvq.errors import ConfigError
+from clvq.trainer.concepts import Batch
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.decoders import sinusoids
 from clvq.trainer.fit import fit
-from clvq.trainer.network import Batch, DefaultNetwork, build
+from clvq.trainer.network import DefaultNetwork, build
 from clvq.trainer.run import Run
 
 from .caches import LOWER, UPPER
@@ -61,7 +62,7 @@ def _batch(extra: int = 0) -> Batch:
     position, row = torch.zeros(3, longest, dtype=torch.int64), torch.full((3, longest), -1)
     position[mask] = (2 * torch.arange(4) + 1).expand(3, -1)[real]
     row[mask] = torch.arange(9)
-    return Batch(lower=lower, upper=upper, mask=mask, position=position, row=row)
+    return Batch(lower=lower, upper=upper, target=upper, mask=mask, position=position, row=row)
 
 
 def _weights(network: DefaultNetwork) -> Weights:
@@ -122,7 +123,8 @@ def test_encoder_codes_decoder_and_losses_are_what_numpy_finds() -> None:
     target = (upper - w["upper_mean"]) / w["upper_scale"]
     z = _encoded(lower, w)
     np.testing.assert_allclose(network.encode(batch.lower[batch.mask]).detach().numpy(), z, rtol=1e-4, atol=1e-4)
-    loss = network.prediction_loss(batch.lower[batch.mask], batch.upper[batch.mask])
+    rows = batch.lower[batch.mask], batch.upper[batch.mask]
+    loss = network.row_losses(*rows, total=len(rows[0]))["predictor"]
     assert loss.item() == pytest.approx(((z - target) ** 2).mean(), rel=1e-5)
     index = ((z[:, None] - w["quantizer.codebook"]) ** 2).sum(axis=2).argmin(axis=1)
     ends = np.cumsum(batch.mask.sum(dim=1).numpy())[:-1]

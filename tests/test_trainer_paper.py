@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from clvq.trainer.concepts import Batch
 from clvq.trainer.config import TrainConfig, preset_config, with_overrides
-from clvq.trainer.network import Batch, Network, build
+from clvq.trainer.network import Network, build
 from clvq.trainer.noise import RowNoise
 
 D, D_UPPER, CODES, HEADS = 8, 6, 5, 2
@@ -41,7 +42,14 @@ def _batch(extra: int = 0) -> Batch:
     upper[mask] = torch.randn(3, 4, D_UPPER, generator=generator)[real]
     row = torch.full(mask.shape, -1)
     row[mask] = torch.arange(9)
-    return Batch(lower=lower, upper=upper, mask=mask, position=torch.arange(longest).expand(3, -1).clone(), row=row)
+    return Batch(
+        lower=lower,
+        upper=upper,
+        target=upper,
+        mask=mask,
+        position=torch.arange(longest).expand(3, -1).clone(),
+        row=row,
+    )
 
 
 def _layer_norm(x: np.ndarray, w: Weights, name: str) -> np.ndarray:

@@ -92,7 +92,7 @@ def test_the_decoder_s_figures_are_those_of_each_text_decoded_by_itself(trained:
         index = torch.from_numpy(run.assign(small_cache.vectors(LOWER, rows)))
         position = torch.from_numpy(small_cache.column("position")[rows].astype(np.int64))[None]
         with torch.no_grad():
-            predicted.append(run._network.from_codes(index, torch.ones(1, len(rows), dtype=torch.bool), position))
+            predicted.append(run._model.from_codes(index, torch.ones(1, len(rows), dtype=torch.bool), position))
         upper.append(small_cache.vectors(UPPER, rows).astype(np.float64))
     fvu = _fvu(np.concatenate(upper), torch.cat(predicted).double().numpy())
     assert report["decoder_fvu_codes_only"] == pytest.approx(fvu, rel=1e-4)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from clvq.progress import Silent
-from clvq.trainer.config import preset_config, with_overrides
+from clvq.trainer.config import TrainConfig, preset_config, with_overrides
 from clvq.trainer.fit import fit
+from clvq.trainer.network import Network
 from clvq.trainer.training import Training
 from sklearn.cluster import KMeans
 
@@ -30,9 +31,8 @@ def test_the_network_holds_the_starting_codes_before_the_first_step(
     )
     seen, begin = {}, Training._start_codebook
 
-    def stop(self: Training) -> None:
-        begin(self)
-        network = self.fitting.network
+    def stop(self: Training, network: Network, config: TrainConfig) -> None:
+        begin(self, network, config)
         lower = torch.from_numpy(small_cache.vectors(LOWER, self.train_rows.places()))
         seen["codebook"] = network.quantizer.codebook.numpy()
         seen["rows"] = (network.encode(lower) if preset == "default" else lower).detach().numpy()

@@ -93,7 +93,7 @@ def test_folder_names_are_safe_and_differ():
         (["encoder.dropout=0,0.0"], "gives encoder.dropout=0.0-seed=42 twice"),
         (["codes=9", "quantizer.codes=10"], "names quantizer.codes twice"),
         (["seed=1,2"], "give --seed for the first seed"),
-        (["preset=paper"], "choose another --preset"),
+        (["preset=paper"], "choose another --method or --preset"),
     ],
 )
 def test_a_sweep_that_cannot_be_meant_is_refused(sweep: list[str], message: str):

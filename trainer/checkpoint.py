@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache.files import write_file
 from . import ranks
-from .network import Network
+from .concepts import ConceptModel
 
 # In the order in which the safetensors library lays them, wide ones first, so that each lies where it may be read.
 _DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32"}
@@ -62,7 +62,7 @@ class Fitting:
 
     def __init__(
         self,
-        network: Network,
+        network: ConceptModel,
         optimizer: torch.optim.Optimizer,
         plateau: torch.optim.lr_scheduler.ReduceLROnPlateau,
         *,

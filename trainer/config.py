@@ -1,11 +1,11 @@
-"""Everything that decides what a run becomes, and the two presets.
+"""Everything that decides what a run of CLVQ-VAE or VQ-VAE becomes, and the presets.
 
 The published figures stand in `_paper` alone: CLVQ-VAE, arXiv 2506.20040, with the authors' code at 9e9b9aa.
 """
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,11 +16,54 @@ from ..errors import ConfigError
 Preset = Literal["paper", "default"]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Settings that are checked once and never change."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StartConfig(_Frozen):
+class MethodConfig(Frozen):
+    """What every method is told."""
+
+    lower: str
+    """Full name of the site that concepts live at."""
+    upper: str
+    """Full name of the site whose rows the concepts are to tell."""
+    split: tuple[str, ...]
+    held_out: str | None
+    """Split that measures; `None` holds out a seeded share of the texts."""
+    special: Special
+    seed: int = Field(ge=0)
+
+    @property
+    def target(self) -> str:
+        """Full name of the site that is reconstructed."""
+        return self.upper
+
+    codes_name: ClassVar[str] = "codes"
+    """The setting that says how many concepts there are."""
+
+    def full_name(self, name: str) -> str:
+        """The setting that `codes` stands for; any other name is its own."""
+        return self.codes_name if name == "codes" else name
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts there are."""
+        raise NotImplementedError
+
+    @property
+    def least_rows(self) -> int:
+        """Training rows without which there is nothing to fit."""
+        return self.concepts
+
+    @property
+    def share(self) -> float:
+        """Share of the texts held out where no held-out split is named."""
+        raise NotImplementedError
+
+
+class StartConfig(Frozen):
     """Where the codes stand: k-means on all training rows."""
 
     space: Literal["lower", "encoded"]
@@ -33,7 +76,7 @@ class StartConfig(_Frozen):
     """Iterations end with one that lowers the inertia by less than this share of it."""
 
 
-class EmaQuantizer(_Frozen):
+class EmaQuantizer(Frozen):
     """A codebook that follows its rows by running means while the network is trained."""
 
     kind: Literal["ema"]
@@ -54,14 +97,14 @@ class EmaQuantizer(_Frozen):
     """A code unused for so many steps is put on a row of the batch and its running means begin anew; 0 = never."""
 
 
-class FixedQuantizer(_Frozen):
+class FixedQuantizer(Frozen):
     """A codebook that stays where k-means put it, after the encoder was trained."""
 
     kind: Literal["fixed"]
     codes: int = Field(ge=2)
 
 
-class AdaptiveEncoder(_Frozen):
+class AdaptiveEncoder(Frozen):
     """The published encoder."""
 
     kind: Literal["adaptive"]
@@ -69,7 +112,7 @@ class AdaptiveEncoder(_Frozen):
     """a of mix = 0.5·sigmoid(a) before the first step."""
 
 
-class PredictorEncoder(_Frozen):
+class PredictorEncoder(Frozen):
     """A linear map to the upper site's space plus residual MLPs, trained by itself before the codebook starts."""
 
     kind: Literal["predictor"]
@@ -83,7 +126,7 @@ class PredictorEncoder(_Frozen):
     rows_per_batch: int = Field(ge=1)
 
 
-class DecoderConfig(_Frozen):
+class DecoderConfig(Frozen):
     """The transformer between codes and upper rows."""
 
     layers: int = Field(ge=1)
@@ -93,7 +136,7 @@ class DecoderConfig(_Frozen):
     dropout: float = Field(ge=0, lt=1)
 
 
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     """Adam and its rate."""
 
     name: Literal["adam", "adamw"]
@@ -108,13 +151,9 @@ class OptimizerConfig(_Frozen):
     """Epochs without a better held-out loss before the rate is multiplied by the factor."""
 
 
-class FitConfig(_Frozen):
-    """How long and in what portions."""
+class StreamConfig(Frozen):
+    """In what portions texts are read."""
 
-    epochs: int = Field(ge=1)
-    """Upper limit, those of a predictor not counted."""
-    patience: int = Field(ge=1)
-    """Epochs without a better held-out loss before training stops."""
     texts_per_batch: int = Field(ge=1)
     slots_per_batch: int = Field(ge=1)
     """Upper limit of texts × longest text in a batch."""
@@ -128,21 +167,22 @@ class FitConfig(_Frozen):
     """Also save within an epoch, so often. A checkpoint is saved at each epoch's end in any case."""
 
 
-class TrainConfig(_Frozen):
+class FitConfig(StreamConfig):
+    """How long and in what portions."""
+
+    epochs: int = Field(ge=1)
+    """Upper limit, those of a predictor not counted."""
+    patience: int = Field(ge=1)
+    """Epochs without a better held-out loss before training stops."""
+
+
+class TrainConfig(MethodConfig):
     """A run's settings. Two runs of one cache with equal settings are equal."""
 
-    method: Literal["clvq-vae"]
+    method: Literal["clvq-vae", "vq-vae"]
+    """`vq-vae` looks at one site: it reconstructs the lower one."""
     preset: Preset
     """Which network: the published one, or one whose decoder sees codes only."""
-    lower: str
-    """Full name of the site that concepts live at."""
-    upper: str
-    """Full name of the site that is reconstructed."""
-    split: tuple[str, ...]
-    held_out: str | None
-    """Split that measures; `None` holds out a seeded share of the texts."""
-    special: Special
-    seed: int = Field(ge=0)
     start: StartConfig
     quantizer: Annotated[EmaQuantizer | FixedQuantizer, Field(discriminator="kind")]
     encoder: Annotated[AdaptiveEncoder | PredictorEncoder, Field(discriminator="kind")]
@@ -150,8 +190,22 @@ class TrainConfig(_Frozen):
     optimizer: OptimizerConfig
     fit: FitConfig
 
+    codes_name: ClassVar[str] = "quantizer.codes"
 
-def _paper(codes: int) -> dict[str, _Frozen]:
+    @property
+    def target(self) -> str:
+        return self.upper if self.method == "clvq-vae" else self.lower
+
+    @property
+    def concepts(self) -> int:
+        return self.quantizer.codes
+
+    @property
+    def share(self) -> float:
+        return self.fit.held_out_share
+
+
+def _paper(codes: int) -> dict[str, Frozen]:
     return {
         # codebook_initialization.py, `spherical`.
         "start": StartConfig(space="lower", spherical=True, iterations=300, tolerance=5e-4),
@@ -189,7 +243,7 @@ def _paper(codes: int) -> dict[str, _Frozen]:
     }
 
 
-def _default(codes: int) -> dict[str, _Frozen]:
+def _default(codes: int) -> dict[str, Frozen]:
     # docs/trainer.md has the measurement behind each figure.
     return {
         "start": StartConfig(space="encoded", spherical=False, iterations=100, tolerance=5e-4),
@@ -212,7 +266,47 @@ def _default(codes: int) -> dict[str, _Frozen]:
     }
 
 
-_PRESETS = {"paper": _paper, "default": _default}
+def _single(codes: int) -> dict[str, Frozen]:
+    # van den Oord et al. (2017) with a codebook that starts at k-means and revives its dead codes, trained end to end.
+    return {
+        "start": StartConfig(space="encoded", spherical=False, iterations=100, tolerance=5e-4),
+        "quantizer": EmaQuantizer(
+            kind="ema",
+            codes=codes,
+            decay=0.99,
+            epsilon=1e-5,
+            smoothed_counts=False,
+            commitment=0.25,
+            top_k=1,
+            temperature=1.0,
+            revive_after=200,
+        ),
+        "encoder": AdaptiveEncoder(kind="adaptive", mix_start=0.2),
+        "decoder": DecoderConfig(layers=2, heads=8, hidden=1024, dropout=0.0),
+        "optimizer": OptimizerConfig(
+            name="adamw", lr=1e-3, weight_decay=1e-2, schedule="linear", plateau_factor=0.5, plateau_patience=0
+        ),
+        "fit": FitConfig(
+            epochs=12,
+            patience=12,
+            texts_per_batch=512,
+            slots_per_batch=2048,
+            pool_bytes=POOL_BYTES,
+            precision="float32",
+            held_out_share=0.1,
+            checkpoint_minutes=10,
+        ),
+    }
+
+
+_PRESETS = {
+    ("clvq-vae", "paper"): _paper,
+    ("clvq-vae", "default"): _default,
+    # The published baseline is the same network, its upper site the lower one.
+    ("vq-vae", "paper"): _paper,
+    ("vq-vae", "default"): _single,
+}
+PRESETS = ("paper", "default")
 
 
 def preset_config(
@@ -220,6 +314,7 @@ def preset_config(
     *,
     lower: str,
     upper: str,
+    method: str = "clvq-vae",
     codes: int = 400,
     split: tuple[str, ...] = ("train",),
     held_out: str | None = None,
@@ -232,12 +327,12 @@ def preset_config(
     ConfigError
         Where there is no such preset or a value is out of range.
     """
-    if preset not in _PRESETS:
-        raise ConfigError(f"there is no preset {preset!r}: use one of {', '.join(_PRESETS)}")
+    if (method, preset) not in _PRESETS:
+        raise ConfigError(f"{method} has no preset {preset!r}: use one of {', '.join(PRESETS)}")
     try:
         return TrainConfig.model_validate(
             {
-                "method": "clvq-vae",
+                "method": method,
                 "preset": preset,
                 "lower": lower,
                 "upper": upper,
@@ -246,14 +341,17 @@ def preset_config(
                 # The paper keeps <s>/[CLS] and drops </s>/[SEP].
                 "special": "leading",
                 "seed": seed,
-                **_PRESETS[preset](codes),
+                **_PRESETS[method, preset](codes),
             }
         )
     except ValidationError as error:
-        raise ConfigError(_first(error)) from error
+        raise ConfigError(wrong_setting(error)) from error
 
 
-def with_overrides(config: TrainConfig, values: Mapping[str, str]) -> TrainConfig:
+Config = TypeVar("Config", bound=MethodConfig)
+
+
+def with_overrides(config: Config, values: Mapping[str, str]) -> Config:
     """The settings with some replaced, named as `fit.epochs`; values are JSON where they parse as JSON, else strings.
 
     Raises
@@ -263,7 +361,7 @@ def with_overrides(config: TrainConfig, values: Mapping[str, str]) -> TrainConfi
     """
     plain = config.model_dump(mode="json")
     for name, text in values.items():
-        level, parts = plain, name.split(".")
+        level, parts = plain, config.full_name(name).split(".")
         for depth, part in enumerate(parts):
             last = depth == len(parts) - 1
             if part not in level or isinstance(level[part], dict) == last:
@@ -273,12 +371,12 @@ def with_overrides(config: TrainConfig, values: Mapping[str, str]) -> TrainConfi
             else:
                 level = level[part]
     try:
-        changed = TrainConfig.model_validate(plain)
+        changed = type(config).model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(_first(error)) from error
+        raise ConfigError(wrong_setting(error)) from error
     for name in ("method", "preset", "encoder.kind", "quantizer.kind"):
         if name in values and changed != config:
-            raise ConfigError(f"{name} cannot be set by itself: choose another --preset")
+            raise ConfigError(f"{name} cannot be set by itself: choose another --method or --preset")
     return changed
 
 
@@ -297,8 +395,11 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _first(error: ValidationError) -> str:
+def wrong_setting(error: ValidationError) -> str:
+    """What is wrong with a setting, and which one it is."""
     first = error.errors()[0]
     # A discriminated union puts its tag into the place; it is no part of the setting's name.
-    name = ".".join(str(part) for part in first["loc"] if part not in ("adaptive", "predictor", "ema", "fixed"))
+    name = ".".join(
+        str(part) for part in first["loc"] if part not in ("adaptive", "predictor", "ema", "fixed", "sparse")
+    )
     return f"{name} cannot be {first['input']!r}: {first['msg']}"

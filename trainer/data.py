@@ -7,11 +7,14 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from ..cache.chosen import ChosenRows
+from ..cache.pools import POOL_BYTES
 from ..cache.reader import Cache
 from ..cache.statistics import SiteStatistics
+from ..cache.stream import TextStream
 from ..errors import ConfigError
 from ..progress import Progress
-from .config import TrainConfig
+from . import ranks
+from .config import MethodConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Texts:
     held_out: Bool[np.ndarray, " text"]
 
     @classmethod
-    def of(cls, cache: Cache, config: TrainConfig) -> "Texts":
+    def of(cls, cache: Cache, config: MethodConfig) -> "Texts":
         """The sides that the settings name.
 
         Raises
@@ -40,20 +43,20 @@ class Texts:
         else:
             held_out = cache.splits([config.held_out])
         texts = cls(train=chosen & ~held_out, held_out=held_out)
-        rows, codes = texts.train_rows(cache, config).rows, config.quantizer.codes
-        if rows < codes:
+        rows, least = texts.train_rows(cache, config).rows, config.least_rows
+        if rows < least:
             raise ConfigError(
-                f"{cache.path} gives {rows} training rows, fewer than the {codes} codes: "
+                f"{cache.path} gives {rows} training rows, fewer than the {least} codes: "
                 f"use --codes N with N no more than {rows}, or extract more texts"
             )
         return texts
 
-    def train_rows(self, cache: Cache, config: TrainConfig) -> ChosenRows:
+    def train_rows(self, cache: Cache, config: MethodConfig) -> ChosenRows:
         """The training rows."""
         return cache.chosen(self.train, special=config.special)
 
 
-def _share(cache: Cache, chosen: Bool[np.ndarray, " text"], config: TrainConfig) -> Bool[np.ndarray, " text"]:
+def _share(cache: Cache, chosen: Bool[np.ndarray, " text"], config: MethodConfig) -> Bool[np.ndarray, " text"]:
     """A seeded share of the distinct texts; texts that are equal stay on one side."""
     contents = np.asarray(cache.texts["text_sha256"].to_pylist(), dtype=str)
     distinct = np.unique(contents[chosen])
@@ -62,9 +65,33 @@ def _share(cache: Cache, chosen: Bool[np.ndarray, " text"], config: TrainConfig)
             f"{cache.path} holds {len(distinct)} distinct texts in {', '.join(config.split)}: at least 2 are needed, "
             "one to train on and one to hold out; or name a split with --held-out"
         )
-    wanted = min(max(1, round(config.fit.held_out_share * len(distinct))), len(distinct) - 1)
+    wanted = min(max(1, round(config.share * len(distinct))), len(distinct) - 1)
     picked = np.random.default_rng(config.seed).permutation(len(distinct))[:wanted]
     return chosen & np.isin(contents, distinct[picked])
+
+
+def text_stream(
+    cache: Cache,
+    config: MethodConfig,
+    side: Bool[np.ndarray, " text"],
+    *,
+    texts_per_batch: int = 512,
+    slots_per_batch: int = 2_048,
+    pool_bytes: int = POOL_BYTES,
+) -> TextStream:
+    """This process' batches of whole texts of one side, with the vectors of both sites."""
+    return TextStream(
+        cache,
+        tuple(dict.fromkeys([config.lower, config.upper])),
+        side,
+        special=config.special,
+        seed=config.seed,
+        texts_per_batch=texts_per_batch,
+        slots_per_batch=slots_per_batch,
+        pool_bytes=pool_bytes,
+        rank=ranks.number(),
+        ranks=ranks.count(),
+    )
 
 
 def blocks(

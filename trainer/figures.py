@@ -14,6 +14,7 @@ import safetensors
 from jaxtyping import Float, Float32, Int64
 
 from ..cache.files import write_file
+from .config import TrainConfig
 from .folder import CODEBOOK, LEARNING_CURVES, METRICS, MODEL, NETWORK, REPORT, read_config
 from .measure import perplexity
 from .run import Run
@@ -134,10 +135,13 @@ def write_figures(out: Path) -> None:
     config, concepts = read_config(out).config, Concepts.of(out)
     report = json.loads((out / REPORT).read_bytes())
     lines = (out / METRICS).read_bytes().splitlines() if (out / METRICS).is_file() else []
-    title = f"{config.preset}, {config.lower} → {config.upper}, {len(concepts.counts):,} codes, seed {config.seed}"
+    name = config.preset if isinstance(config, TrainConfig) and config.method == "clvq-vae" else config.method
+    title = f"{name}, {config.lower} → {config.upper}, {len(concepts.counts):,} codes, seed {config.seed}"
     metrics, codes = [json.loads(line) for line in lines], len(concepts.counts)
-    curves = learning_curves(metrics, best_epoch=report.get("best_epoch"), codes=codes, title=title)
-    _write(out, LEARNING_CURVES, curves)
+    # Some methods have no epochs.
+    if metrics:
+        curves = learning_curves(metrics, best_epoch=report.get("best_epoch"), codes=codes, title=title)
+        _write(out, LEARNING_CURVES, curves)
     _write(out, CODEBOOK, codebook_health(concepts, title=title))
 
 

@@ -12,12 +12,16 @@ import torch
 
 from ..cache.files import only_writer
 from ..cache.reader import Cache
+from ..errors import ConfigError
 from ..progress import SILENT, Progress
 from . import ranks
+from .build import build
 from .config import TrainConfig
-from .data import Texts
+from .data import Texts, statistics, text_stream
 from .folder import CHECKPOINT, MODEL, REPORT, RunConfig, take_over
-from .network import build
+from .methods import PlainConfig, SaeConfig, TrainedConfig
+from .plain import PlainModel
+from .report import write_results
 from .training import Training
 
 
@@ -35,7 +39,7 @@ class FitResult:
 
 def fit(
     cache: Cache,
-    config: TrainConfig,
+    config: TrainedConfig | PlainConfig,
     out: Path,
     *,
     device: torch.device,
@@ -87,19 +91,64 @@ def fit(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build(config, d_lower=wanted.d_lower, d_upper=wanted.d_upper).to(device)
-    training = Training(
-        cache, config, texts, network, out, device=device, progress=progress, tensorboard=tensorboard, shared=shared
-    )
+        model = build(config, d_lower=wanted.d_lower, d_upper=wanted.d_upper).to(device)
+
+    def run() -> None:
+        if isinstance(model, PlainModel):
+            if ranks.count() > 1:
+                raise ConfigError(f"{config.method} is fitted by one process: start it without torchrun")
+            _fit_plain(model, cache, config, texts, out, device=device, progress=progress)
+        elif isinstance(config, TrainConfig | SaeConfig):
+            Training(
+                cache,
+                config,
+                texts,
+                model,
+                out,
+                device=device,
+                progress=progress,
+                tensorboard=tensorboard,
+                shared=shared,
+            ).run()
+
     with ExitStack() as held:
         with ranks.led() as leads:
             if leads:
                 held.enter_context(only_writer(out))
                 take_over(out, wanted, force=force)
         if not ranks.decided((out / MODEL).is_file()):
-            training.run()
+            run()
         with ranks.led() as leads:
             if leads:
                 (out / CHECKPOINT).unlink(missing_ok=True)
     report = json.loads((out / REPORT).read_bytes())
     return FitResult(path=out, report=report, seconds=time.perf_counter() - began)
+
+
+def _fit_plain(
+    model: PlainModel,
+    cache: Cache,
+    config: TrainedConfig | PlainConfig,
+    texts: Texts,
+    out: Path,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    began = time.perf_counter()
+    sites = tuple(dict.fromkeys([config.lower, config.upper]))
+    found = statistics(cache, texts.train_rows(cache, config), sites, progress=progress)
+    model.place(found[config.lower], found[config.upper])
+    with torch.no_grad():
+        model.fit(cache, texts, device=device, progress=progress)
+    write_results(
+        model,
+        cache,
+        config,
+        texts,
+        text_stream(cache, config, texts.held_out),
+        out,
+        course={"train_seconds": time.perf_counter() - began},
+        device=device,
+        progress=progress,
+    )

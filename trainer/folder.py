@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..cache.files import write_file
 from ..cache.layout import differences, to_json
 from ..errors import ConfigError, FormatVersion, ResumeMismatch, RunNotFound
-from .config import TrainConfig
+from .methods import AnyConfig, PlainConfig, TrainedConfig
 
 FORMAT = "clvq-run"
 VERSION = 1
@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     cache_id: str
     vectors_id: str
     """Of the cache; copies of it without texts have the same."""
-    config: TrainConfig
+    config: AnyConfig
     d_lower: int
     d_upper: int
     held_out_texts: tuple[int, ...]
@@ -65,7 +65,7 @@ class RunConfig(BaseModel):
         *,
         cache_id: str,
         vectors_id: str,
-        config: TrainConfig,
+        config: TrainedConfig | PlainConfig,
         d_lower: int,
         d_upper: int,
         held_out_texts: tuple[int, ...],

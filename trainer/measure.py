@@ -10,9 +10,9 @@ from torch import Tensor
 from ..cache.stream import TextBatch, TextStream
 from ..progress import Progress
 from . import ranks
-from .config import TrainConfig
-from .network import Batch, DefaultNetwork, Network
-from .quantizer import mean_square
+from .concepts import Batch, ConceptModel, RowTrained
+from .config import MethodConfig, TrainConfig
+from .network import Network
 
 
 class Unexplained:
@@ -43,6 +43,8 @@ class Unexplained:
 
     def values(self) -> dict[str, float | None]:
         """FVU of each way, over the rows of all processes; `None` where the rows do not vary."""
+        if not self._errors:
+            return {}
         sums = torch.cat([self._sum, self._squares[None], self._squares.new_tensor([self._rows])])
         errors = torch.stack(list(self._errors.values()))
         ranks.add_up(sums, errors)
@@ -61,7 +63,7 @@ def perplexity(counts: Int64[np.ndarray, " code"]) -> float:
 
 
 def batches(
-    stream: TextStream, config: TrainConfig, device: torch.device, *, progress: Progress
+    stream: TextStream, config: MethodConfig, device: torch.device, *, progress: Progress
 ) -> Iterator[tuple[TextBatch, Batch]]:
     """All batches of the stream, with a safe point before each."""
     for batch in stream.epoch(0):
@@ -70,17 +72,19 @@ def batches(
 
 
 @torch.no_grad()
-def encoder_figures(
-    network: DefaultNetwork, stream: TextStream, config: TrainConfig, *, device: torch.device, progress: Progress
+def row_figures(
+    model: ConceptModel, stream: TextStream, config: MethodConfig, *, device: torch.device, progress: Progress
 ) -> dict[str, float | int | None]:
-    """Loss and FVU of the encoder as a predictor of the upper row, on the held-out texts."""
-    network.eval()
-    fvu, losses = Unexplained(network.upper_mean), _Losses(device)
+    """Loss and FVU of a model that learns from rows, on the held-out texts."""
+    if not isinstance(model, RowTrained):
+        return {}
+    model.eval()
+    fvu, losses = Unexplained(model.target_mean(config)), _Losses(device)
     for _, batch in batches(stream, config, device, progress=progress):
-        lower, upper = batch.lower[batch.mask], batch.upper[batch.mask]
-        predicted = network.encode(lower)
-        losses.add({"predictor": mean_square(predicted - network.scaled(upper))}, len(upper))
-        fvu.add(upper, predictor_fvu=network.raw(predicted))
+        target = batch.target[batch.mask]
+        found, predicted = model.measure_rows(batch.lower[batch.mask], target)
+        losses.add(found, len(target))
+        fvu.add(target, **predicted)
     return {**losses.values(), **fvu.values()}
 
 
@@ -102,18 +106,21 @@ def held_out_figures(
         An upper row for each code, by which `own_code_fvu` predicts.
     """
     network.eval()
-    fvu, losses = Unexplained(network.upper_mean), _Losses(device)
-    counts = torch.zeros(config.quantizer.codes, dtype=torch.int64, device=device)
+    own, fvu = Unexplained(network.upper_mean), Unexplained(network.target_mean(config))
+    losses = _Losses(device)
+    counts = torch.zeros(config.concepts, dtype=torch.int64, device=device)
     for _, batch in batches(stream, config, device, progress=progress):
         output, upper = network(batch), batch.upper[batch.mask]
         losses.add(output.losses, len(upper))
-        fvu.add(upper, decoder_fvu=output.predicted, own_code_fvu=own_table[output.index])
+        fvu.add(batch.target[batch.mask], decoder_fvu=output.predicted)
+        own.add(upper, own_code_fvu=own_table[output.index])
         counts += torch.bincount(output.index, minlength=len(counts))
     ranks.add_up(counts)
     used = counts.cpu().numpy()
     return {
         **losses.values(),
         **fvu.values(),
+        **own.values(),
         "perplexity": perplexity(used),
         "used_codes": int((used > 0).sum()),
     }

@@ -1,50 +1,18 @@
-"""The two networks: encoder, quantiser, decoder and losses put together."""
+"""The networks with a codebook: encoder, quantiser, decoder and losses put together."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..cache.statistics import SiteStatistics
-from ..cache.stream import TextBatch
 from ..errors import ConfigError
+from .concepts import Batch, ConceptModel, Measured, RowTrained
 from .config import AdaptiveEncoder, EmaQuantizer, FixedQuantizer, PredictorEncoder, TrainConfig
 from .decoders import CodesDecoder, MemoryDecoder
 from .encoders import AdaptiveResidual, ResidualPredictor
 from .noise import RowNoise
 from .quantizer import Codebook, EmaCodebook, mean_square
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of whole texts on the device."""
-
-    lower: Float[Tensor, "batch seq d_lower"]
-    upper: Float[Tensor, "batch seq d_upper"]
-    mask: Bool[Tensor, "batch seq"]
-    position: Int64[Tensor, "batch seq"]
-    row: Int64[Tensor, "batch seq"]
-    """Each row's place in the cache; −1 where there is none."""
-
-    @classmethod
-    def of(cls, batch: TextBatch, config: TrainConfig, device: torch.device) -> "Batch":
-        """The batch's two sites as tensors."""
-        return cls(
-            lower=on_device(batch.values[config.lower], device),
-            upper=on_device(batch.values[config.upper], device),
-            mask=on_device(batch.mask, device),
-            position=on_device(batch.position, device),
-            row=on_device(batch.row, device),
-        )
-
-
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy as a tensor."""
-    # Copied even on a CPU: numpy's memory may lie at any address, and sums in float32 depend on the alignment.
-    return torch.from_numpy(values).to(device, copy=True)
 
 
 @dataclass(frozen=True)
@@ -55,44 +23,28 @@ class Output:
     """Weighted parts of the loss, means over the batch's rows."""
     index: Int64[Tensor, " row"]
     """Each row's code."""
-    predicted: Float[Tensor, "row d_upper"]
-    """Upper rows as predicted, in raw coordinates."""
+    predicted: Float[Tensor, "row d_target"]
+    """Target rows as predicted, in raw coordinates."""
 
 
-class Network(nn.Module):
-    """What both networks share: the codebook, and where the sites lie.
-
-    `lower_mean`, `upper_mean` are the training rows' means; `lower_scale` the standard deviation of each channel,
-    `upper_scale` the root mean square of the entries of the centred rows.
-    """
+class Network(ConceptModel):
+    """What all of them share."""
 
     quantizer: Codebook
-    lower_mean: Float[Tensor, " d_lower"]
-    lower_scale: Float[Tensor, " d_lower"]
-    upper_mean: Float[Tensor, " d_upper"]
-    upper_scale: Float[Tensor, ""]
-    codes_space: Literal["lower", "upper"]
-    """Which site's vectors codes are like."""
-
-    def __init__(self, d_lower: int, d_upper: int) -> None:
-        super().__init__()
-        self.register_buffer("lower_mean", torch.zeros(d_lower))
-        self.register_buffer("lower_scale", torch.ones(d_lower))
-        self.register_buffer("upper_mean", torch.zeros(d_upper))
-        self.register_buffer("upper_scale", torch.ones(()))
-
-    def place(self, lower: SiteStatistics, upper: SiteStatistics) -> None:
-        """Take over the statistics of the training rows."""
-        self.lower_mean.copy_(torch.tensor(lower.mean))
-        self.upper_mean.copy_(torch.tensor(upper.mean))
-        deviation = torch.from_numpy(np.sqrt(lower.variance()))
-        # What does not vary is left as it is.
-        self.lower_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
-        self.upper_scale.fill_(float(np.sqrt(upper.variance().mean())) or 1.0)
 
     def encode(self, lower: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d"]:
         """What the quantiser sees of raw lower rows."""
         raise NotImplementedError
+
+    def concept(self, lower: Float[Tensor, "row d_lower"]) -> Int64[Tensor, " row"]:
+        return self.quantizer.nearest(self.encode(lower))
+
+    def measure(self, batch: Batch) -> Measured:
+        output = self(batch)
+        return Measured(index=output.index, predicted={"decoder_fvu_codes_only": output.predicted})
+
+    def vectors(self) -> Float[Tensor, "concept d"]:
+        return self.quantizer.codebook
 
     def forward(self, batch: Batch, *, noise: RowNoise | None = None) -> Output:
         """Losses and predictions; in training mode a codebook that follows its rows moves."""
@@ -103,8 +55,8 @@ class Network(nn.Module):
         index: Int64[Tensor, " row"],
         mask: Bool[Tensor, "batch seq"],
         position: Int64[Tensor, "batch seq"],
-    ) -> Float[Tensor, "row d_upper"]:
-        """Upper rows, in raw coordinates, from nothing but the texts' codes."""
+    ) -> Float[Tensor, "row d_target"]:
+        """Target rows, in raw coordinates, from nothing but the texts' codes."""
         raise NotImplementedError
 
     def trained_with_codes(self) -> list[Tensor]:
@@ -115,7 +67,6 @@ class Network(nn.Module):
 class PaperNetwork(Network):
     """The published network, in raw coordinates; its decoder attends to the unquantised rows too."""
 
-    codes_space = "lower"
     quantizer: EmaCodebook
 
     def __init__(
@@ -124,7 +75,17 @@ class PaperNetwork(Network):
         super().__init__(d_lower, d_upper)
         self.encoder = AdaptiveResidual(d_lower, mix_start=encoder.mix_start)
         self.quantizer = EmaCodebook(quantizer, width=d_lower)
-        self.decoder = MemoryDecoder(config.decoder, width=d_lower, d_upper=d_upper)
+        d_target = d_upper if config.target == config.upper else d_lower
+        self.decoder = MemoryDecoder(config.decoder, width=d_lower, d_upper=d_target)
+
+    def measure(self, batch: Batch) -> Measured:
+        output = self(batch)
+        from_codes = self.from_codes(output.index, batch.mask, batch.position)
+        ways = {"decoder_fvu_codes_only": from_codes, "decoder_fvu_published": output.predicted}
+        return Measured(index=output.index, predicted=ways)
+
+    def published(self) -> Float[Tensor, "concept d_lower"]:
+        return self.quantizer.codebook
 
     def encode(self, lower: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d"]:
         encoded: Tensor = self.encoder(lower).float()
@@ -136,7 +97,7 @@ class PaperNetwork(Network):
         codes, memory = (_laid_out(rows, batch.mask) for rows in (quantized.straight, encoded))
         predicted = self.decoder(codes, memory, batch.mask)[batch.mask].float()
         losses = {
-            "reconstruction": mean_square(predicted - batch.upper[batch.mask]),
+            "reconstruction": mean_square(predicted - batch.target[batch.mask]),
             "commitment": quantized.commitment,
         }
         return Output(losses=losses, index=quantized.index, predicted=predicted)
@@ -152,10 +113,9 @@ class PaperNetwork(Network):
         return upper
 
 
-class DefaultNetwork(Network):
+class DefaultNetwork(Network, RowTrained):
     """Centred, scaled sites; codes are predictions of the upper row; a decoder that sees codes only."""
 
-    codes_space = "upper"
     own: Float[Tensor, "code d_upper"]
     """What a code says about its upper row by itself: the mean of its training rows there, centred and scaled."""
 
@@ -185,11 +145,21 @@ class DefaultNetwork(Network):
         """The inverse of `scaled`."""
         return upper * self.upper_scale + self.upper_mean
 
-    def prediction_loss(
-        self, lower: Float[Tensor, "row d_lower"], upper: Float[Tensor, "row d_upper"]
-    ) -> Float[Tensor, ""]:
+    def row_losses(
+        self, lower: Float[Tensor, "row d_lower"], target: Float[Tensor, "row d_upper"], *, total: int
+    ) -> dict[str, Float[Tensor, ""]]:
         """Mean squared error per entry of the encoder as a predictor, in scaled coordinates."""
-        return mean_square(self.encode(lower) - self.scaled(upper))
+        return {"predictor": mean_square(self.encode(lower) - self.scaled(target))}
+
+    def measure_rows(
+        self, lower: Float[Tensor, "row d_lower"], target: Float[Tensor, "row d_upper"]
+    ) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Float[Tensor, "row d_upper"]]]:
+        predicted = self.encode(lower)
+        losses = {"predictor": mean_square(predicted - self.scaled(target))}
+        return losses, {"predictor_fvu": self.raw(predicted)}
+
+    def trained_by_rows(self) -> list[Tensor]:
+        return list(self.encoder.parameters())
 
     def forward(self, batch: Batch, *, noise: RowNoise | None = None) -> Output:
         # Neither encoder nor codes learn from the decoder, which is given the codes that rows will have: no dropout.
@@ -219,6 +189,58 @@ class DefaultNetwork(Network):
         return codes + added[mask].float()
 
 
+class BottleneckNetwork(Network):
+    """A VQ-VAE of the lower rows alone, trained end to end, whose decoder sees codes only."""
+
+    quantizer: EmaCodebook
+
+    def __init__(
+        self, config: TrainConfig, encoder: AdaptiveEncoder, quantizer: EmaQuantizer, *, d_lower: int, d_upper: int
+    ) -> None:
+        super().__init__(d_lower, d_upper)
+        self.encoder = AdaptiveResidual(d_lower, mix_start=encoder.mix_start)
+        self.quantizer = EmaCodebook(quantizer, width=d_lower)
+        self.decoder = CodesDecoder(config.decoder, width=d_lower)
+
+    def encode(self, lower: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d"]:
+        encoded: Tensor = self.encoder(self._scaled(lower)).float()
+        return encoded
+
+    def _scaled(self, lower: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d_lower"]:
+        # By one number, so that distances are those of the raw rows.
+        return (lower - self.lower_mean) / self.lower_rms
+
+    def forward(self, batch: Batch, *, noise: RowNoise | None = None) -> Output:
+        rows = batch.lower[batch.mask]
+        quantized = self.quantizer.forward(self.encode(rows), noise=noise)
+        predicted = self._decoded(quantized.straight, batch.mask, batch.position)
+        losses = {
+            "reconstruction": mean_square(predicted - self._scaled(rows)),
+            "commitment": quantized.commitment,
+        }
+        return Output(losses=losses, index=quantized.index, predicted=self._raw(predicted))
+
+    def from_codes(
+        self,
+        index: Int64[Tensor, " row"],
+        mask: Bool[Tensor, "batch seq"],
+        position: Int64[Tensor, "batch seq"],
+    ) -> Float[Tensor, "row d_target"]:
+        return self._raw(self._decoded(self.quantizer.codebook[index], mask, position))
+
+    def _raw(self, scaled: Float[Tensor, "row d_lower"]) -> Float[Tensor, "row d_lower"]:
+        return scaled * self.lower_rms + self.lower_mean
+
+    def _decoded(
+        self,
+        codes: Float[Tensor, "row d"],
+        mask: Bool[Tensor, "batch seq"],
+        position: Int64[Tensor, "batch seq"],
+    ) -> Float[Tensor, "row d"]:
+        added: Tensor = self.decoder(_laid_out(codes, mask), mask, position)
+        return codes + added[mask].float()
+
+
 def build(config: TrainConfig, *, d_lower: int, d_upper: int) -> Network:
     """The network of the settings, its weights drawn from torch's own generator.
 
@@ -227,24 +249,27 @@ def build(config: TrainConfig, *, d_lower: int, d_upper: int) -> Network:
     ConfigError
         Where the settings do not go together.
     """
-    quantizer, encoder, width = config.quantizer, config.encoder, d_lower if config.preset == "paper" else d_upper
+    quantizer, encoder = config.quantizer, config.encoder
+    width = d_upper if config.preset == "default" and config.target == config.upper else d_lower
     if width % config.decoder.heads:
         fitting = ", ".join(str(heads) for heads in range(1, 17) if width % heads == 0)
         raise ConfigError(
             f"decoder.heads = {config.decoder.heads} does not divide the codes' {width} channels: "
             f"set decoder.heads to one of {fitting}"
         )
-    if config.preset == "paper" and isinstance(encoder, AdaptiveEncoder) and isinstance(quantizer, EmaQuantizer):
-        if quantizer.top_k > quantizer.codes:
-            raise ConfigError(
-                f"quantizer.top_k = {quantizer.top_k} is more than the {quantizer.codes} codes: set it lower"
-            )
-        return PaperNetwork(config, encoder, quantizer, d_lower=d_lower, d_upper=d_upper)
-    if config.preset == "default" and isinstance(encoder, PredictorEncoder) and isinstance(quantizer, FixedQuantizer):
+    if isinstance(quantizer, EmaQuantizer) and quantizer.top_k > quantizer.codes:
+        raise ConfigError(f"quantizer.top_k = {quantizer.top_k} is more than the {quantizer.codes} codes: set it lower")
+    if isinstance(encoder, AdaptiveEncoder) and isinstance(quantizer, EmaQuantizer):
+        if config.preset == "paper":
+            return PaperNetwork(config, encoder, quantizer, d_lower=d_lower, d_upper=d_upper)
+        if config.method == "vq-vae":
+            return BottleneckNetwork(config, encoder, quantizer, d_lower=d_lower, d_upper=d_upper)
+    crosses = config.preset == "default" and config.method == "clvq-vae"
+    if crosses and isinstance(encoder, PredictorEncoder) and isinstance(quantizer, FixedQuantizer):
         return DefaultNetwork(config, encoder, quantizer, d_lower=d_lower, d_upper=d_upper)
     raise ConfigError(
-        f"preset {config.preset!r} has no encoder {encoder.kind!r} with a quantizer {quantizer.kind!r}: "
-        "'paper' has 'adaptive' with 'ema', 'default' has 'predictor' with 'fixed'"
+        f"preset {config.preset!r} of {config.method} has no encoder {encoder.kind!r} with a quantizer "
+        f"{quantizer.kind!r}: clvq-vae's 'default' has 'predictor' with 'fixed', all others have 'adaptive' with 'ema'"
     )
 
 

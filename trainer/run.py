@@ -1,6 +1,7 @@
 """A finished run: concepts of rows, and the concepts' directions."""
 
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import safetensors.torch
 import torch
 from jaxtyping import Float, Float32, Int64
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..cache.files import make_folder, write_file
 from ..cache.layout import to_json
 from ..cache.reader import Cache
 from ..errors import ConfigError, RunMismatch, RunNotFound
+from .build import build
 from .checkpoint import packed
-from .config import TrainConfig
+from .concepts import ConceptModel
 from .folder import CONFIG, MODEL, NETWORK, REPORT, TABLES, RunConfig, read_config
-from .network import Network, build
+from .methods import PlainConfig, TrainedConfig
 from .report import Tables
+from .sae import SparseAutoencoder
 
 _ROWS_AT_A_TIME = 8192
 
@@ -29,9 +33,9 @@ class Run:
     Use `Run.from_pretrained`.
     """
 
-    def __init__(self, description: RunConfig, network: Network, tables: Tables, report: bytes) -> None:
+    def __init__(self, description: RunConfig, model: ConceptModel, tables: Tables, report: bytes) -> None:
         self._description = description
-        self._network = network.eval()
+        self._model = model.eval()
         self._tables = tables
         self._report = report
 
@@ -61,8 +65,8 @@ class Run:
             report = (path / REPORT).read_bytes()
             # Without memory of its own, so that a foreign description cannot ask for more than the file holds.
             with torch.device("meta"):
-                network = build(description.config, d_lower=description.d_lower, d_upper=description.d_upper)
-            network.load_state_dict(
+                model = build(description.config, d_lower=description.d_lower, d_upper=description.d_upper)
+            model.load_state_dict(
                 {name.removeprefix(NETWORK): value for name, value in tensors.items() if name.startswith(NETWORK)},
                 assign=True,
             )
@@ -74,10 +78,10 @@ class Run:
                 f"{path} is damaged: its files do not fit together ({str(error).splitlines()[0]}); "
                 "get a whole copy of the run"
             ) from error
-        return cls(description, network.to(device or torch.device("cpu")), tables, report)
+        return cls(description, model.to(device or torch.device("cpu")), tables, report)
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> TrainedConfig | PlainConfig:
         """The settings."""
         return self._description.config
 
@@ -94,7 +98,7 @@ class Run:
     @property
     def concepts(self) -> int:
         """How many concepts there are, unused ones included."""
-        return self.config.quantizer.codes
+        return self.config.concepts
 
     def check_cache(self, cache: Cache) -> None:
         """Make sure that the cache is the one that the run was trained on, or a copy with or without its texts.
@@ -111,13 +115,49 @@ class Run:
 
     @torch.no_grad()
     def assign(self, lower: Float32[np.ndarray, "row d_lower"]) -> Int64[np.ndarray, " row"]:
-        """The concept of each raw row of the lower site."""
-        device = self._network.lower_mean.device
-        parts = [np.empty(0, dtype=np.int64)]
+        """The concept of each raw row of the lower site; of latents the strongest one."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *self._portions(lower, self._model.concept)])
+
+    def _portions(
+        self, lower: Float32[np.ndarray, "row d_lower"], ask: Callable[[Tensor], Tensor]
+    ) -> Iterator[Int64[np.ndarray, "row *rest"]]:
+        device = self._model.lower_mean.device
         for start in range(0, len(lower), _ROWS_AT_A_TIME):
-            rows = torch.from_numpy(lower[start : start + _ROWS_AT_A_TIME]).to(device, copy=True)
-            parts.append(self._network.quantizer.nearest(self._network.encode(rows)).cpu().numpy())
-        return np.concatenate(parts)
+            yield ask(torch.from_numpy(lower[start : start + _ROWS_AT_A_TIME]).to(device, copy=True)).cpu().numpy()
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a row may have several concepts at once."""
+        return isinstance(self._model, SparseAutoencoder)
+
+    @torch.no_grad()
+    def active(self, lower: Float32[np.ndarray, "row d_lower"]) -> Int64[np.ndarray, "row k"]:
+        """The latents that are active on each raw row of the lower site, strongest first; −1 where there are fewer.
+
+        Raises
+        ------
+        ConfigError
+            Where the method has no latents.
+        """
+        model = self._latents()
+        empty = np.empty((0, min(model.config.k, model.config.latents)), dtype=np.int64)
+        return np.concatenate([empty, *self._portions(lower, model.active)])
+
+    @cached_property
+    def encoder_directions(self) -> Float32[np.ndarray, "concept d_lower"]:
+        """What each latent listens to, in raw coordinates of the lower site; of any length.
+
+        Raises
+        ------
+        ConfigError
+            Where the method has no latents.
+        """
+        return self._latents().encoder_directions().cpu().numpy()
+
+    def _latents(self) -> SparseAutoencoder:
+        if not isinstance(self._model, SparseAutoencoder):
+            raise ConfigError(f"{self.config.method} gives a row one concept and has no latents: ask for `assign`")
+        return self._model
 
     @cached_property
     def counts(self) -> Int64[np.ndarray, " code"]:
@@ -127,7 +167,7 @@ class Run:
     @cached_property
     def lower_mean(self) -> Float32[np.ndarray, " d_lower"]:
         """The mean of the training rows at the lower site."""
-        return self._network.lower_mean.cpu().numpy()
+        return self._model.lower_mean.cpu().numpy()
 
     @cached_property
     def concept_means(self) -> Float32[np.ndarray, "code d_lower"]:
@@ -142,8 +182,8 @@ class Run:
     def direction(self, concept: int, site: str) -> Float32[np.ndarray, "k d"]:
         """An orthonormal basis of the concept at the lower site, in raw coordinates.
 
-        It is the concept's mean less the mean of all training rows, at unit length; empty (k = 0) for a concept
-        without training rows.
+        It is the concept's mean less the mean of all training rows, at unit length, for `pca` and `mean-difference`
+        their own direction; empty (k = 0) for a concept without training rows.
 
         Raises
         ------
@@ -156,12 +196,26 @@ class Run:
             )
         self._check(concept)
         mean = self.lower_mean.astype(np.float64)
-        return _unit(self.concept_means[concept] - mean if self.counts[concept] else np.zeros_like(mean))
+        if not self.counts[concept]:
+            return _unit(np.zeros_like(mean))
+        own = self._directions
+        return _unit(self.concept_means[concept] - mean if own is None else own[concept])
+
+    @cached_property
+    def _directions(self) -> Float32[np.ndarray, "concept d_lower"] | None:
+        found = self._model.directions()
+        return None if found is None else found.cpu().numpy()
+
+    @cached_property
+    def _published(self) -> Float32[np.ndarray, "concept d_lower"]:
+        found = self._model.published()
+        return self.concept_means if found is None else found.cpu().numpy()
 
     def published_direction(self, concept: int) -> Float32[np.ndarray, " d"]:
         """The unit vector that the published, uncentred projection removes.
 
-        The code itself where codes live in the lower site's raw space (`paper`), otherwise the concept's mean.
+        The code itself where codes live in the lower site's raw space (`paper`), the decoder's vector of `sae`, the
+        encoder's of `cross-sae`, the class' difference of `mean-difference`; otherwise the concept's mean.
 
         Raises
         ------
@@ -169,9 +223,7 @@ class Run:
             Where there is no such concept.
         """
         self._check(concept)
-        vector = self.concept_means[concept]
-        if self._network.codes_space == "lower":
-            vector = self._network.quantizer.codebook[concept].cpu().numpy()
+        vector = self._published[concept]
         basis = _unit(vector)
         return basis[0] if len(basis) else np.zeros_like(vector)
 
@@ -192,7 +244,7 @@ class Run:
         if path.exists() and any(path.iterdir()):
             raise ConfigError(f"{path} is not empty: give another folder")
         make_folder(path)
-        tensors = {f"{NETWORK}{name}": tensor for name, tensor in self._network.state_dict().items()}
+        tensors = {f"{NETWORK}{name}": tensor for name, tensor in self._model.state_dict().items()}
         tensors |= {f"{TABLES}{name}": tensor for name, tensor in vars(self._tables).items()}
         write_file(path / CONFIG, to_json(self._description))
         write_file(path / REPORT, self._report)

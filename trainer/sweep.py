@@ -24,13 +24,13 @@ from ..cache.files import only_writer
 from ..cache.layout import to_json
 from ..errors import ConfigError, RunNotFound
 from ..progress import Progress
-from .config import PredictorEncoder, TrainConfig, with_overrides
+from .config import AdaptiveEncoder, TrainConfig, with_overrides
 from .folder import CONFIG, METRICS, MODEL, read_config
+from .methods import PlainConfig, TrainedConfig
 
 # Settings in which runs may differ and still have the same encoder, statistics and first epochs.
 _AFTER_CODES = ("start", "quantizer", "decoder")
 _AFTER_CODES_FIT = ("epochs", "patience", "texts_per_batch", "slots_per_batch", "checkpoint_minutes")
-_SHORT = {"codes": "quantizer.codes"}
 _LONGEST_NAME = 120
 _LOOK_SECONDS = 0.05
 
@@ -43,11 +43,13 @@ class Member:
     """Of its folder: the settings that are swept, and the seed."""
     settings: dict[str, Any]
     """The settings that are swept, by the names given."""
-    config: TrainConfig
+    config: TrainedConfig | PlainConfig
 
     @property
     def before_codes(self) -> str:
         """Equal for runs that differ only in what comes after the encoder's training."""
+        if not isinstance(self.config, TrainConfig):
+            return hashlib.sha256(to_json(self.config)).hexdigest()[:16]
         plain = self.config.model_dump(mode="json", exclude=set(_AFTER_CODES))
         for name in _AFTER_CODES_FIT:
             del plain["fit"][name]
@@ -58,13 +60,13 @@ class Member:
         return _overrides(self.settings, self.config.seed)
 
 
-def members(base: TrainConfig, sweep: Sequence[str], *, seeds: int) -> list[Member]:
+def members(base: TrainedConfig | PlainConfig, sweep: Sequence[str], *, seeds: int) -> list[Member]:
     """All combinations of the values given, each with the seeds `base.seed`, `base.seed + 1`, …
 
     Parameters
     ----------
     sweep
-        Such as `codes=100,400` or `encoder.dropout=0,0.2`; `codes` is short for `quantizer.codes`.
+        Such as `codes=100,400` or `encoder.dropout=0,0.2`; `codes` is the number of concepts in any method.
 
     Raises
     ------
@@ -72,7 +74,7 @@ def members(base: TrainConfig, sweep: Sequence[str], *, seeds: int) -> list[Memb
         Where there is no such setting, a value does not suit it, or two combinations are the same.
     """
     named = [_values(text) for text in sweep]
-    twice = [name for name, times in Counter(_SHORT.get(name, name) for name, _ in named).items() if times > 1]
+    twice = [name for name, times in Counter(base.full_name(name) for name, _ in named).items() if times > 1]
     if twice:
         raise ConfigError(f"--sweep names {twice[0]} twice: give all its values in one, such as {twice[0]}=1,2")
     found: list[Member] = []
@@ -80,7 +82,7 @@ def members(base: TrainConfig, sweep: Sequence[str], *, seeds: int) -> list[Memb
         settings = dict(zip((name for name, _ in named), values, strict=True))
         for seed in range(base.seed, base.seed + seeds):
             config = with_overrides(base, _overrides(settings, seed))
-            shown = {name: _value_of(config, _SHORT.get(name, name)) for name in settings}
+            shown = {name: _value_of(config, base.full_name(name)) for name in settings}
             same = next((other for other in found if other.config == config), None)
             if same is not None:
                 raise ConfigError(f"--sweep gives {same.name} twice: leave one of the equal values out")
@@ -102,10 +104,10 @@ def _values(text: str) -> tuple[str, list[Any]]:
 
 
 def _overrides(settings: dict[str, Any], seed: int) -> dict[str, str]:
-    return {**{_SHORT.get(name, name): json.dumps(value) for name, value in settings.items()}, "seed": str(seed)}
+    return {**{name: json.dumps(value) for name, value in settings.items()}, "seed": str(seed)}
 
 
-def _value_of(config: TrainConfig, name: str) -> Any:
+def _value_of(config: TrainedConfig | PlainConfig, name: str) -> Any:
     value: Any = config.model_dump(mode="json")
     for part in name.split("."):
         value = value[part]
@@ -280,8 +282,11 @@ class _Sweep:
 
 
 def _epochs(member: Member) -> int:
-    encoder = member.config.encoder
-    return member.config.fit.epochs + (encoder.epochs if isinstance(encoder, PredictorEncoder) else 0)
+    config = member.config
+    if not isinstance(config, TrainedConfig):
+        return 0
+    of_rows = 0 if isinstance(config.encoder, AdaptiveEncoder) else config.encoder.epochs
+    return of_rows + (config.fit.epochs if isinstance(config, TrainConfig) else 0)
 
 
 def _lines(folder: Path) -> int:

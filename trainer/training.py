@@ -9,22 +9,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
+from pydantic import JsonValue
 from torch import Tensor
 
 from ..cache.reader import Cache
 from ..cache.row_stream import RowBatch, RowStream
-from ..cache.stream import TextBatch, TextStream
+from ..cache.stream import TextBatch
 from ..errors import ClvqError, Interrupted
 from ..progress import Progress
 from . import ranks
 from .checkpoint import Fitting
-from .config import EmaQuantizer, PredictorEncoder, TrainConfig
-from .data import Texts, blocks, statistics
+from .concepts import Batch, ConceptModel, RowTrained, on_device
+from .config import AdaptiveEncoder, EmaQuantizer, PredictorEncoder, TrainConfig
+from .data import Texts, blocks, statistics, text_stream
 from .folder import CHECKPOINT, TENSORBOARD, append_metrics, read_metrics
 from .kmeans import kmeans
-from .measure import encoder_figures, held_out_figures
-from .network import Batch, DefaultNetwork, Network, Output, on_device
+from .measure import held_out_figures, row_figures
+from .methods import SparseEncoder, TrainedConfig
+from .network import DefaultNetwork, Network, Output
 from .noise import RowNoise
 from .quantizer import EmaCodebook
 from .report import training_tables, write_results
@@ -38,6 +41,7 @@ _RISE = 0.05
 _SHOWN = {
     "own_code_fvu": "FVU",
     "predictor_fvu": "FVU",
+    "sae_fvu": "FVU",
     "perplexity": "perplexity",
     "used_codes": "used",
 }
@@ -46,14 +50,14 @@ Batches = TypeVar("Batches", RowBatch, TextBatch)
 
 
 class Training:
-    """Trains a network into a run's folder; see `fit`."""
+    """Trains a model into a run's folder; see `fit`."""
 
     def __init__(
         self,
         cache: Cache,
-        config: TrainConfig,
+        config: TrainedConfig,
         texts: Texts,
-        network: Network,
+        network: ConceptModel,
         out: Path,
         *,
         device: torch.device,
@@ -66,9 +70,12 @@ class Training:
         # Of several processes some might find it and others not.
         self.shared = shared if ranks.count() == 1 else None
         self.sites = tuple(dict.fromkeys([config.lower, config.upper]))
-        self.encoder_epochs = config.encoder.epochs if isinstance(config.encoder, PredictorEncoder) else 0
+        self.row_epochs = 0 if isinstance(config.encoder, AdaptiveEncoder) else config.encoder.epochs
         self.train_texts, self.train_rows = int(texts.train.sum()), texts.train_rows(cache, config)
-        self.train_stream, self.held_out_stream = (self._texts(side) for side in (texts.train, texts.held_out))
+        portions = config.fit.model_dump(include={"texts_per_batch", "slots_per_batch", "pool_bytes"})
+        self.train_stream, self.held_out_stream = (
+            text_stream(cache, config, side, **portions) for side in (texts.train, texts.held_out)
+        )
         optimizer_class = torch.optim.Adam if config.optimizer.name == "adam" else torch.optim.AdamW
         optimizer = optimizer_class(
             network.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True
@@ -76,27 +83,12 @@ class Training:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=config.optimizer.plateau_factor, patience=config.optimizer.plateau_patience
         )
-        follows = config.quantizer if isinstance(config.quantizer, EmaQuantizer) else None
+        follows = isinstance(config, TrainConfig) and isinstance(config.quantizer, EmaQuantizer)
         self.fitting = Fitting(
-            network, optimizer, plateau, codes=follows.codes if follows else 0, d_upper=cache.width(config.upper)
+            network, optimizer, plateau, codes=config.concepts if follows else 0, d_upper=cache.width(config.upper)
         )
         self.shown: dict[str, float] = {}
         self.saved_at = time.monotonic()
-
-    def _texts(self, side: Bool[np.ndarray, " text"]) -> TextStream:
-        settings = self.config.fit
-        return TextStream(
-            self.cache,
-            self.sites,
-            side,
-            special=self.config.special,
-            seed=self.config.seed,
-            texts_per_batch=settings.texts_per_batch,
-            slots_per_batch=settings.slots_per_batch,
-            pool_bytes=settings.pool_bytes,
-            rank=ranks.number(),
-            ranks=ranks.count(),
-        )
 
     def run(self) -> None:
         """Train to the end and write the results."""
@@ -115,54 +107,83 @@ class Training:
         try:
             while self.fitting.state.stop_reason is None:
                 self._next_phase()
+            self._finish()
+        except Interrupted:
+            self._save()
+            raise
+
+    def _finish(self) -> None:
+        """Write the results of the best epoch's weights."""
+        fitting = self.fitting
+        # The present weights return to the network if this is interrupted: a checkpoint then holds them, not the best.
+        present = {name: tensor.clone() for name, tensor in fitting.network.state_dict().items()}
+        fitting.network.load_state_dict(fitting.best_tensors)
+        try:
             write_results(
-                self.fitting,
+                fitting.network,
                 self.cache,
                 self.config,
                 self.texts,
                 self.held_out_stream,
                 self.out,
+                course=self._course(),
                 device=self.device,
                 progress=self.progress,
             )
-        except Interrupted:
-            self._save()
-            raise
+        finally:
+            fitting.network.load_state_dict(present)
+
+    def _course(self) -> dict[str, JsonValue]:
+        state, config = self.fitting.state, self.config
+        done = limit = state.epoch
+        if isinstance(config, TrainConfig):
+            done, limit = state.epoch - self.row_epochs, config.fit.epochs
+        return {
+            "epochs": done,
+            "best_epoch": state.best_epoch or 0,
+            "stopped_early": done < limit,
+            "stop_reason": state.stop_reason,
+            "loader_wait_share": state.total_waited / state.total_seconds,
+            "train_seconds": state.total_seconds,
+        }
 
     def _save(self) -> None:
         self.fitting.save(self.out / CHECKPOINT)
         self.saved_at = time.monotonic()
 
     def _next_phase(self) -> None:
-        """The encoder's own epochs; or the start of the codebook and all that follows."""
-        settings, state, network = self.config.fit, self.fitting.state, self.fitting.network
-        encoder = self.config.encoder
-        if (
-            isinstance(network, DefaultNetwork)
-            and isinstance(encoder, PredictorEncoder)
-            and state.epoch < encoder.epochs
-        ):
-            self._train_encoder(network, encoder)
+        """What is learned from rows; or the start of the codebook and all that follows."""
+        state, network, encoder = self.fitting.state, self.fitting.network, self.config.encoder
+        by_rows = state.epoch < self.row_epochs
+        if by_rows and isinstance(network, RowTrained) and not isinstance(encoder, AdaptiveEncoder):
+            self._train_on_rows(network, encoder)
             return
+        if isinstance(network, Network) and isinstance(self.config, TrainConfig):
+            self._train_on_texts(network, self.config)
+            return
+        state.stop_reason = f"all {self.row_epochs} epochs done"
+
+    def _train_on_texts(self, network: Network, config: TrainConfig) -> None:
+        settings, state = config.fit, self.fitting.state
         if not state.codebook_started:
             if self.shared is not None and not self.shared.is_file():
                 self.fitting.hand_over(self.shared, metrics=read_metrics(self.out))
-            self._start_codebook()
+            self._start_codebook(network, config)
             state.codebook_started = True
             self._save()
-        first, end = self.encoder_epochs, self.encoder_epochs + settings.epochs
+        first, end = self.row_epochs, self.row_epochs + settings.epochs
         self.progress.begin("train", settings.epochs * self.train_texts, "text")
         self.progress.advance((state.epoch - first) * self.train_texts + state.sums.done)
         while state.epoch < end and state.stop_reason is None:
             network.train()
             for batch in _timed(self.train_stream.epoch(state.epoch, start_step=state.step), self.fitting):
-                self._text_step(batch)
-            self._end_epoch()
+                self._text_step(network, config, batch)
+            self._end_epoch(network, config)
             if state.stop_reason is None and state.epoch == end:
                 state.stop_reason = f"all {settings.epochs} epochs done"
             self._save()
 
-    def _train_encoder(self, network: DefaultNetwork, encoder: PredictorEncoder) -> None:
+    def _train_on_rows(self, network: RowTrained, encoder: PredictorEncoder | SparseEncoder) -> None:
         state, total = self.fitting.state, self.train_rows.rows
         stream = RowStream(
             self.cache,
@@ -175,34 +196,36 @@ class Training:
             rank=ranks.number(),
             ranks=ranks.count(),
         )
-        self.progress.begin("encoder", encoder.epochs * total, "row")
+        model, alone = self.fitting.network, isinstance(encoder, SparseEncoder)
+        self.progress.begin("train" if alone else "encoder", encoder.epochs * total, "row")
         self.progress.advance(state.epoch * total + state.sums.done)
         while state.epoch < encoder.epochs:
-            network.train()
+            model.train()
             for batch in _timed(stream.epoch(state.epoch, start_step=state.step), self.fitting):
-                self._encoder_step(network, batch)
-            figures = encoder_figures(
-                network, self.held_out_stream, self.config, device=self.device, progress=self.progress
-            )
-            self._note("encoder", figures)
+                self._row_step(network, batch)
+            figures = row_figures(model, self.held_out_stream, self.config, device=self.device, progress=self.progress)
+            if alone:
+                self._keep_better(float(figures["loss_total"] or 0.0))
+            self._note("train" if alone else "encoder", figures)
             self._save()
 
     @torch.no_grad()
-    def _start_codebook(self) -> None:
-        network, start = self.fitting.network.eval(), self.config.start
+    def _start_codebook(self, network: Network, config: TrainConfig) -> None:
+        start = config.start
+        network.eval()
 
         def encoded() -> Iterator[Float32[Tensor, "block d"]]:
-            for block in blocks(self.cache, self.train_rows, [self.config.lower]):
-                lower = on_device(block[self.config.lower], self.device)
+            for block in blocks(self.cache, self.train_rows, [config.lower]):
+                lower = on_device(block[config.lower], self.device)
                 yield network.encode(lower) if start.space == "encoded" else lower
 
         with ranks.led() as leads:
             if leads:
                 found = kmeans(
                     encoded,
-                    codes=self.config.quantizer.codes,
+                    codes=config.concepts,
                     iterations=start.iterations,
-                    seed=self.config.seed,
+                    seed=config.seed,
                     device=self.device,
                     spherical=start.spherical,
                     tolerance=start.tolerance,
@@ -211,31 +234,31 @@ class Training:
                 network.quantizer.start(found.centroids)
         ranks.spread(*network.quantizer.buffers())
         if isinstance(network, DefaultNetwork):
-            tables = training_tables(network, self.cache, self.config, self.texts, self.device, progress=self.progress)
+            tables = training_tables(network, self.cache, config, self.texts, self.device, progress=self.progress)
             network.own.copy_(network.scaled(tables.upper_table))
 
-    def _encoder_step(self, network: DefaultNetwork, rows: RowBatch) -> None:
+    def _row_step(self, network: RowTrained, rows: RowBatch) -> None:
         (total,) = self._agree(len(rows.row))
-        lower, upper = (on_device(rows.values[site], self.device) for site in (self.config.lower, self.config.upper))
+        lower, target = (on_device(rows.values[site], self.device) for site in (self.config.lower, self.config.target))
         done = self.fitting.state.epoch + self.fitting.state.sums.done / self.train_rows.rows
-        self._rate(done / self.encoder_epochs)
+        self._rate(done / self.row_epochs)
         with self._step_conditions():
-            loss = network.prediction_loss(lower, upper)
-        values = self._descend({"predictor": loss}, list(network.encoder.parameters()), len(lower), total)
+            losses = network.row_losses(lower, target, total=total)
+        values = self._descend(losses, network.trained_by_rows(), len(lower), total, network)
         self._end_step(values, rows=total, slots=total, done=total)
 
-    def _text_step(self, texts: TextBatch) -> None:
-        state, network = self.fitting.state, self.fitting.network
+    def _text_step(self, network: Network, config: TrainConfig, texts: TextBatch) -> None:
+        state = self.fitting.state
         total, count, slots = self._agree(int(texts.mask.sum()), len(texts.text), texts.mask.size)
-        batch = Batch.of(texts, self.config, self.device)
-        done = state.epoch - self.encoder_epochs + state.sums.done / self.train_texts
-        self._rate(done / self.config.fit.epochs)
-        key = int(np.random.SeedSequence([self.config.seed, state.epoch, state.step]).generate_state(1, np.uint64)[0])
+        batch = Batch.of(texts, config, self.device)
+        done = state.epoch - self.row_epochs + state.sums.done / self.train_texts
+        self._rate(done / config.fit.epochs)
+        key = int(np.random.SeedSequence([config.seed, state.epoch, state.step]).generate_state(1, np.uint64)[0])
         with self._step_conditions():
             output: Output = network(batch, noise=RowNoise(key - 2**63, batch.row[batch.mask]))
         values = self._descend(output.losses, network.trained_with_codes(), len(output.index), total)
         if isinstance(network.quantizer, EmaCodebook):
-            self.fitting.code_counts += torch.bincount(output.index, minlength=self.config.quantizer.codes)
+            self.fitting.code_counts += torch.bincount(output.index, minlength=config.concepts)
             self.fitting.code_sums.index_add_(0, output.index, batch.upper[batch.mask].double())
         if state.step % _COMPARED_EVERY == 0:
             ranks.require_equal("codebook", network.quantizer.codebook)
@@ -269,7 +292,14 @@ class Training:
             torch.manual_seed(int(entropy.generate_state(1)[0]))
             yield
 
-    def _descend(self, losses: dict[str, Tensor], trained: list[Tensor], rows: int, total: int) -> dict[str, float]:
+    def _descend(
+        self,
+        losses: dict[str, Tensor],
+        trained: list[Tensor],
+        rows: int,
+        total: int,
+        learner: RowTrained | None = None,
+    ) -> dict[str, float]:
         """One step of the optimiser on `rows` of the batch's `total`; gives the parts of the whole batch's loss."""
         parts = torch.stack(list(losses.values())) * (rows / total)
         self.fitting.optimizer.zero_grad()
@@ -286,7 +316,11 @@ class Training:
                 f"the loss is {sum(plain.values())} at step {state.step} of epoch {state.epoch} of {self.out}: "
                 "begin again with a lower optimizer.lr, or another seed; the last checkpoint is kept"
             )
+        if learner is not None:
+            learner.before_step()
         self.fitting.optimizer.step()
+        if learner is not None:
+            learner.after_step()
         return plain
 
     def _end_step(self, losses: dict[str, float], *, rows: int, slots: int, done: int) -> None:
@@ -300,17 +334,17 @@ class Training:
         wait = round(state.sums.waited / state.sums.seconds, 2) if state.sums.seconds else 0.0
         self.progress.advance(done, loss=sum(losses.values()), **self.shown, wait=wait)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, network: Network, config: TrainConfig) -> None:
         """Measure, note, and decide how to go on."""
         figures = held_out_figures(
-            self.fitting.network,
+            network,
             self.held_out_stream,
-            self.config,
-            own_table=self._own_table(),
+            config,
+            own_table=self._own_table(network),
             device=self.device,
             progress=self.progress,
         )
-        self._judge(float(figures["loss_total"] or 0.0))
+        self._judge(float(figures["loss_total"] or 0.0), config)
         self._note("train", figures)
 
     def _note(self, phase: str, held_out: dict[str, float | int | None]) -> None:
@@ -353,22 +387,24 @@ class Training:
             with TensorBoard(self.out / TENSORBOARD, first_epoch=figures["epoch"]) as board:
                 board.epoch(figures)
 
-    def _judge(self, value: float) -> None:
+    def _judge(self, value: float, config: TrainConfig) -> None:
         """Keep the best weights, lower the rate on a plateau, stop when patience is over."""
+        if config.optimizer.schedule == "plateau":
+            self.fitting.plateau.step(value)
+        self._keep_better(value)
+        if self.fitting.state.epochs_without_better >= config.fit.patience:
+            self.fitting.state.stop_reason = f"no better held-out loss for {config.fit.patience} epochs"
+
+    def _keep_better(self, value: float) -> None:
         fitting, state = self.fitting, self.fitting.state
-        if self.config.optimizer.schedule == "plateau":
-            fitting.plateau.step(value)
         if state.best is None or value < state.best:
             state.best, state.best_epoch, state.epochs_without_better = value, state.epoch, 0
             fitting.keep_best()
         else:
             state.epochs_without_better += 1
-        if state.epochs_without_better >= self.config.fit.patience:
-            state.stop_reason = f"no better held-out loss for {self.config.fit.patience} epochs"
 
-    def _own_table(self) -> Float[Tensor, "code d_upper"]:
+    def _own_table(self, network: Network) -> Float[Tensor, "code d_upper"]:
         """The mean upper row of each code's rows; of all rows for a code without any."""
-        network = self.fitting.network
         if isinstance(network, DefaultNetwork):
             return network.raw(network.own)
         counts, sums = self.fitting.code_counts.clone(), self.fitting.code_sums.clone()
