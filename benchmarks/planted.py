@@ -11,6 +11,8 @@ interval of the mean by Student's t: the data of a scenario are the same for all
 * `clvq paper` has `--paper-epochs` epochs instead of 50 and a decoder of two layers of 256 units instead of six of
   2,048; `clvq default` has `--default-epochs` epochs for its decoder; `longer` also has
   `--encoder-epochs` epochs for its encoder instead of 8. All start from clvq's own k-means.
+* The other `clvq …` are the rivals of `clvq train --method`, with as many latents as codes for the sparse ones, four of
+  them active on a row, and 40 epochs.
 * `truth` is told the concept. The ceilings are told all that was added to each row but noise, with or without the row
   before it: see `Planted.ceiling`.
 
@@ -32,8 +34,9 @@ import torch
 from clvq.evaluation.agreement import assignment_stability, direction_stability, matched_f1, recovery
 from clvq.evaluation.compare import over_seeds
 from clvq.evaluation.planted import LOWER, UPPER, Planted, PlantedConfig, plant
-from clvq.trainer.config import preset_config, with_overrides
+from clvq.trainer.config import with_overrides
 from clvq.trainer.fit import fit
+from clvq.trainer.methods import method_config
 from clvq.trainer.run import Run
 from common import code_means, header
 from sklearn.cluster import KMeans
@@ -62,6 +65,15 @@ SCENARIOS["all together"] = {
     "neighbour_pairs": 4,
 }
 LONGER = "clvq default, longer"
+# Four latents on a row: of only as many as there are concepts, the usual 32 would be most.
+RIVALS = {
+    "kmeans": {},
+    "agglomerative": {},
+    "vq-vae": {},
+    "sae": {"encoder.k": "4", "encoder.epochs": "40"},
+    "cross-sae": {"encoder.k": "4", "encoder.epochs": "40"},
+    "pca": {},
+}
 FIGURES = ("v_measure", "matched_f1", "ami", "fvu")
 TITLES = ("", "V-measure", "matched F1", "AMI", "own-code FVU", "AMI of seeds", "s/seed")
 WIDTHS = (33, 24, 24, 24, 24, 24, 6)
@@ -158,13 +170,18 @@ class PerRow(torch.nn.Module):
         return self.linear(rows) + self.inner(rows)
 
 
-def ours(data: Data, preset: str, changes: dict[str, str], *, codes: int, seed: int) -> Sides:
+def ours(data: Data, preset: str, changes: dict[str, str], *, codes: int, seed: int, method: str = "clvq-vae") -> Sides:
     """A run of clvq."""
-    config = preset_config(preset, lower=LOWER, upper=UPPER, codes=codes, held_out="dev", seed=seed)
-    out = data.folder / f"{preset}-{'-'.join(changes.values())}-{codes}-{seed}"
+    config = method_config(method, preset=preset, lower=LOWER, upper=UPPER, codes=codes, held_out="dev", seed=seed)
+    out = data.folder / f"{method}-{preset}-{'-'.join(changes.values())}-{codes}-{seed}"
     fit(data.planted.cache, with_overrides(config, changes), out, device=torch.device("cpu"))
     run = Run.from_pretrained(out)
     return {side: run.assign(rows) for side, rows in data.lower.items()}
+
+
+def rival(data: Data, method: str, changes: dict[str, str]) -> Callable[..., Sides]:
+    """Another method of clvq, with its settings as they are."""
+    return lambda codes, seed: ours(data, "default", changes, codes=codes, seed=seed, method=method)
 
 
 def methods(data: Data) -> dict[str, Callable[..., Sides]]:
@@ -182,6 +199,7 @@ def methods(data: Data) -> dict[str, Callable[..., Sides]]:
         "clvq paper": lambda codes, seed: ours(data, "paper", paper, codes=codes, seed=seed),
         "clvq default": lambda codes, seed: ours(data, "default", default, codes=codes, seed=seed),
         LONGER: lambda codes, seed: ours(data, "default", longer, codes=codes, seed=seed),
+        **{f"clvq {method}": rival(data, method, changes) for method, changes in RIVALS.items()},
     }
     return {name: method for name, method in found.items() if not options.methods or name in options.methods}
 
