@@ -48,7 +48,7 @@ class RationaleResult:
 
 
 @dataclass(frozen=True)
-class _Marked:
+class MarkedRows:
     """The ordinary rows of one text."""
 
     row: Int64[np.ndarray, " row"]
@@ -82,20 +82,13 @@ def compare_rationales(
     first: list[tuple[Any, ...]] | None = None
     for name, cache in caches.items():
         chosen = cache.splits(splits or list(cache.manifest.splits))
-        names = cache.texts.column_names
-        for needed in ("text", field):
-            if needed not in names:
-                raise ConfigError(
-                    f"{cache.path} keeps no field {needed!r} of its texts (it has {', '.join(names)}): "
-                    f"extract with --keep-fields {field}"
-                )
         keys = _keys(cache, chosen)
         if first is not None and sorted(keys) != sorted(first):
             raise ConfigError(f"{name} and {next(iter(caches))} hold other texts: compare caches of the same texts")
         first = first or keys
         place = {key: number for number, key in enumerate(first)}
         order = [place[key] for key in keys]
-        marked, why = _marked(cache, chosen, field)
+        marked, why = marked_rows(cache, chosen, field)
         reasons.append([why[number] for number in np.argsort(order)])
         judged[name] = {score: values[np.argsort(order)] for score, values in _judge(cache, marked, len(keys)).items()}
     telling = [next(filter(None, of_text), None) for of_text in zip(*reasons, strict=True)]
@@ -115,12 +108,27 @@ def _keys(cache: Cache, chosen: Bool[np.ndarray, " text"]) -> list[tuple[Any, ..
     return [tuple(row.values()) for row, taken in zip(table.to_pylist(), chosen, strict=True) if taken]
 
 
-def _marked(cache: Cache, chosen: Bool[np.ndarray, " text"], field: str) -> tuple[dict[int, _Marked], list[str | None]]:
-    """The rows of each text that can be used, by its number among the chosen ones; and why each other one cannot."""
+def marked_rows(
+    cache: Cache, chosen: Bool[np.ndarray, " text"], field: str
+) -> tuple[dict[int, MarkedRows], list[str | None]]:
+    """The rows of each text that can be used, by its number among the chosen ones; and why each other one cannot.
+
+    Raises
+    ------
+    ConfigError
+        Where the cache keeps no such field, or the field holds no parts of texts.
+    """
+    names = cache.texts.column_names
+    for needed in ("text", field):
+        if needed not in names:
+            raise ConfigError(
+                f"{cache.path} keeps no field {needed!r} of its texts (it has {', '.join(names)}): "
+                f"extract with --keep-fields {field}"
+            )
     number_of = {int(text): number for number, text in enumerate(np.flatnonzero(chosen))}
     texts, parts = cache.texts["text"], cache.texts[field]
     starts, ends = cache.column("char_start"), cache.column("char_end")
-    marked: dict[int, _Marked] = {}
+    marked: dict[int, MarkedRows] = {}
     # Where a text has no rows, its rationale is in none.
     why: list[str | None] = [NOT_FOUND] * len(number_of)
     for text in number_of:
@@ -135,7 +143,7 @@ def _marked(cache: Cache, chosen: Bool[np.ndarray, " text"], field: str) -> tupl
         if inside.any():
             why[number] = WHOLE if inside.all() else None
         if why[number] is None:
-            marked[number] = _Marked(own, inside)
+            marked[number] = MarkedRows(own, inside)
     return marked, why
 
 
@@ -168,7 +176,7 @@ def _inside(
     return found
 
 
-def _judge(cache: Cache, marked: Mapping[int, _Marked], texts: int) -> dict[str, Float64[np.ndarray, "text metric"]]:
+def _judge(cache: Cache, marked: Mapping[int, MarkedRows], texts: int) -> dict[str, Float64[np.ndarray, "text metric"]]:
     signed, largest = cache.column("saliency"), cache.column("saliency_max")
     values = {
         name: np.full((texts, len(METRICS)), np.nan)
