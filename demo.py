@@ -26,7 +26,8 @@ from .cache.files import make_folder, only_writer, write_file
 from .cache.layout import to_json
 from .cache.reader import Cache
 from .errors import ConfigError, MissingExtra
-from .evaluation.ablate import AblateConfig, AblateResult, ConceptEffect, ablate
+from .evaluation.ablate import AblateConfig, AblateResult, ablate
+from .evaluation.concept_removal import ConceptEffect
 from .evaluation.concepts import Concept, describe
 from .pipeline.batches import batches
 from .pipeline.config import ExtractConfig

@@ -1,36 +1,36 @@
 """`clvq ablate`: what happens to predictions when a text's concept is taken out, next to controls of the same size."""
 
-import io
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..cache.files import only_writer, sha256_of, write_file
-from ..cache.layout import differences, to_json
+from ..cache.files import only_writer, sha256_of
 from ..cache.reader import Cache
-from ..errors import ConfigError, ResumeMismatch
+from ..errors import ConfigError
 from ..pipeline.language_model import LanguageModel
 from ..progress import SILENT, Progress
 from ..trainer.run import Run
-from .bootstrap import RESAMPLES, Estimate, estimate
-from .readouts import Asked, Condition, Outcome, probed_texts, read_out_model, read_out_probe
-from .removal import REMOVALS, SUBJECTS, Removal
+from .ablation_folder import PER_TEXT, RESULT, table_of, write
+from .concept_removal import ConceptEffect, by_total_effect, concept_effects, remove_each_concept
+from .controls import CONTROLS, OWN, Control
+from .outcome import Condition, Outcome
+from .patched import CleanTexts, Forwards, read_clean
+from .probed import probed_texts, read_out_probe
+from .readouts import Asked, Removals, labels_of, read_out_model
+from .removal import Removal
+from .results import stored_result
 from .rows import RowsChanged, TextRows, changed_rows, rows_by_text
 from .saliency import stored_salient_rows
+from .tables import Contrast, Curve, GroupLine, Line, ReadOut, Tables, common_texts, seed_groups, tabulate
 
-ReadOut = Literal["model", "probe"]
-RESULT = "ablation.json"
-PER_TEXT = "texts.parquet"
-_VERSION = 1
+_VERSION = 2
 
 
 class AblateConfig(BaseModel):
@@ -40,48 +40,42 @@ class AblateConfig(BaseModel):
 
     read_outs: Annotated[tuple[ReadOut, ...], Field(min_length=1)] = ("model", "probe")
     """Who is asked after the removal."""
-    removals: Annotated[tuple[Removal, ...], Field(min_length=1)] = REMOVALS
-    """How a direction is taken out."""
+    removals: Annotated[tuple[Removal, ...], Field(min_length=1)] = ("projection", "centred")
+    """How a concept is taken out."""
+    controls: tuple[Control, ...] = CONTROLS
+    """What the own code is compared with."""
+    strengths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
+    """Shares of the displacement that are taken away."""
     rows_changed: RowsChanged = "salient"
     """Which rows lose their concept."""
     saliency: Literal["gradient", "stored"] = "gradient"
     """By what the salient row is found: gradient × input, or what the cache holds."""
+    subspace_k: Annotated[int | None, Field(ge=1)] = None
+    """Strongest active latents of a row that `subspace` removes; all without it."""
+    concepts: bool = False
+    """Also remove each concept by itself, everywhere, by the model read-out."""
+    min_texts: Annotated[int, Field(ge=2)] = 5
+    """Texts that a concept must be removed from to have an interval and a test."""
     split: tuple[str, ...] = ()
     """Splits to evaluate; empty: the texts that the runs held out."""
     max_texts: int | None = None
     """Evaluate a seeded sample of so many texts."""
     seed: int = 0
-    """Controls, folds and bootstrap."""
+    """Controls, folds, bootstrap and tests."""
+
+    @field_validator("removals", "controls", "read_outs", "strengths")
+    @classmethod
+    def _once(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(given))
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table: one condition, with estimates over the texts that take part in all of its read-out."""
+class LeftOut:
+    """A run that a removal cannot be done for."""
 
     run: str
-    read_out: ReadOut
-    removal: Removal | None
-    removed: str
-    texts: int
-    accuracy: Estimate
-    drop: Estimate
-    """Accuracy lost against the unchanged vectors."""
-    flipped: Estimate
-    probability_lost: Estimate
-    norm_removed: Estimate
-    own_minus_this: Estimate | None
-    """For controls: probability lost by removing the own code, less that lost here; paired by text."""
-
-
-@dataclass(frozen=True)
-class ConceptEffect:
-    """What removing one concept did to the texts whose salient row belongs to it."""
-
-    run: str
-    concept: int
-    texts: int
-    probability_lost: float
-    flipped: float
+    removal: Removal
+    why: str
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,17 @@ class AblateResult:
     trained_texts: int
     """Evaluated texts that a run was trained on; should be 0."""
     lines: list[Line]
+    groups: list[GroupLine]
+    contrasts: list[Contrast]
+    curves: list[Curve]
     concepts: list[ConceptEffect]
-    """Largest total effect first; by the first read-out and the last removal asked for."""
+    """Largest total effect first; by the first read-out, or by the model where each was removed by itself, and by the
+    last removal asked for that takes concepts out."""
+    left_out: list[LeftOut]
+    forwards: Forwards
+    """Texts that were to be run through the model's upper blocks, and those that were: the others were equal."""
+    self_check: float | None
+    """Largest change of a probability when the model is run again with nothing removed; `None` without the model."""
 
 
 def ablate(
@@ -138,74 +141,225 @@ def ablate(
             f"{cache.path} was extracted without predictions, which the model read-out and salient rows need: "
             "extract with --task classify or prompt, or use --read-out probe --rows-changed cls"
         )
+    if config.concepts and "model" not in config.read_outs:
+        raise ConfigError("each concept by itself is removed by the model read-out alone: add model to --read-out")
+    weights = {name: sha256_of(path / "model.safetensors") for name, path in sorted(runs.items())}
     settings = {
         "version": _VERSION,
         "cache_id": cache.id,
-        "runs": {name: sha256_of(path / "model.safetensors") for name, path in sorted(runs.items())},
+        "runs": weights,
         "config": config.model_dump(mode="json"),
     }
     with only_writer(out):
-        before = _stored(out, settings, force=force)
+        before = stored_result(AblateResult, out / RESULT, settings, what="ablation", beside=(PER_TEXT,), force=force)
         if before is not None:
             return before
-        chosen = _choose_texts(cache, loaded, config)
-        texts = rows_by_text(cache, chosen)
-        # Before the model is loaded: what follows may take hours.
-        _check_rows(cache, loaded, texts, config)
-        cls_vectors = _cls_tells(cache, lowers[0], texts)
-        probed = (
-            probed_texts(cache, texts, config.rows_changed, cls_vectors=cls_vectors)
-            if "probe" in config.read_outs
-            else []
+        return _ablate(cache, loaded, weights, out, load, config, settings, needs_model=needs_model, progress=progress)
+
+
+def _ablate(
+    cache: Cache,
+    runs: dict[str, Run],
+    weights: dict[str, str],
+    out: Path,
+    load: Callable[[], LanguageModel],
+    config: AblateConfig,
+    settings: dict[str, Any],
+    *,
+    needs_model: bool,
+    progress: Progress,
+) -> AblateResult:
+    site = next(iter(runs.values())).config.lower
+    texts = rows_by_text(cache, choose_texts(cache, runs, config))
+    # Before the model is loaded: what follows may take hours.
+    _check_rows(cache, runs, texts, config)
+    removals, left_out = removals_of(runs, config.removals, config.rows_changed)
+    cls_vectors = _cls_tells(cache, site, texts)
+    probe = "probe" in config.read_outs
+    probed = probed_texts(cache, texts, config.rows_changed, cls_vectors=cls_vectors) if probe else []
+    asked = [asked_of(cache, name, run, texts, removals[name], config) for name, run in runs.items()]
+    plan = Removals(removals, config.controls, tuple(sorted(config.strengths)), config.seed)
+    salient = stored_salient_rows(cache, texts, site) if config.saliency == "stored" else None
+    found = _Found()
+    if needs_model:
+        model = load()
+        clean = read_clean(cache, model, texts, site=site, salient=salient, progress=progress)
+        salient = clean.salient
+        if "model" in config.read_outs:
+            changed = {
+                name: [
+                    changed_rows(rows, number, config.rows_changed, run.config.special)
+                    for rows, number in zip(texts, salient, strict=True)
+                ]
+                for name, run in runs.items()
+            }
+            found.clean["model"], outcomes, found.self_check = read_out_model(
+                cache, model, clean, asked, texts, changed, plan,
+                site=site, forwards=found.forwards, progress=progress,
+            )  # fmt: skip
+            found.add("model", outcomes)
+            if config.concepts:
+                found.concepts = _each_concept(model, clean, asked, texts, found, removals, config, progress)
+    rows = salient or [None] * len(texts)
+    if config.rows_changed == "cls":
+        rows = [text.first_special() for text in texts]
+    if probe:
+        found.clean["probe"], outcomes = read_out_probe(
+            cache, asked, texts, probed, rows, plan, cls_vectors=cls_vectors, progress=progress
         )
-        asked = [Asked(name=name, run=run, codes=_codes(cache, run, texts)) for name, run in loaded.items()]
-        stored = stored_salient_rows(cache, texts, lowers[0]) if config.saliency == "stored" else None
-        clean: dict[ReadOut, Outcome] = {}
-        outcomes: dict[tuple[ReadOut, Condition], Outcome] = {}
-        salient = stored or [None] * len(texts)
-        if needs_model:
-            reading = read_out_model(
-                cache,
-                load(),
-                asked if "model" in config.read_outs else [],
-                texts,
-                site=lowers[0],
-                removals=config.removals,
-                rows_changed=config.rows_changed,
-                salient=stored,
-                seed=config.seed,
-                progress=progress,
-            )
-            salient = reading.salient
-            if "model" in config.read_outs:
-                clean["model"] = reading.clean
-                outcomes.update({("model", key): value for key, value in reading.outcomes.items()})
-        if "probe" in config.read_outs:
-            clean["probe"], answers = read_out_probe(
-                cache,
-                asked,
-                texts,
-                probed,
-                salient if config.rows_changed == "salient" else [rows.first_special() for rows in texts],
-                removals=config.removals,
-                cls_vectors=cls_vectors,
-                seed=config.seed,
-                progress=progress,
-            )
-            outcomes.update({("probe", key): value for key, value in answers.items()})
-        removed = _removed_concepts(asked, texts, salient, config)
-        result = AblateResult(
-            path=out,
-            texts=len(texts),
-            trained_texts=_trained_texts(cache, loaded, texts),
-            lines=_lines(clean, outcomes, config),
-            concepts=_concept_effects(removed, outcomes, config),
+        found.add("probe", outcomes)
+    removed = _removed_concepts(asked, texts, rows, config)
+    labels = labels_of(cache, texts)
+    tables = Tables()
+    for read_out in config.read_outs:
+        made = tabulate(
+            read_out, found.clean[read_out], found.of(read_out), labels, seed_groups(runs), seed=config.seed
         )
-        _write(out, cache, texts, settings, result, outcomes, removed)
+        for name in ("lines", "groups", "contrasts", "curves"):
+            getattr(tables, name).extend(getattr(made, name))
+    result = AblateResult(
+        path=out,
+        texts=len(texts),
+        trained_texts=_trained_texts(cache, runs, texts),
+        lines=tables.lines,
+        groups=tables.groups,
+        contrasts=tables.contrasts,
+        curves=tables.curves,
+        concepts=_salient_concepts(removed, removals, found, config) if found.concepts is None else found.concepts,
+        left_out=left_out,
+        forwards=found.forwards,
+        self_check=found.self_check,
+    )
+    described = {
+        "text_id": np.asarray(cache.texts["text_id"])[[rows.text for rows in texts]],
+        "label": pa.array([None if np.isnan(label) else int(label) for label in labels], pa.int64()),
+    }
+    provenance = {
+        "clvq": version("clvq"),
+        "cache_id": cache.id,
+        "model": cache.manifest.identity["model"],
+        "runs": {
+            name: {"method": run.config.method, "seed": run.config.seed, "sha256": weights[name]}
+            for name, run in sorted(runs.items())
+        },
+    }
+    write(out, settings, provenance, result, table_of(found.outcomes, described, removed))
     return result
 
 
-def _choose_texts(cache: Cache, runs: dict[str, Run], config: AblateConfig) -> Bool[np.ndarray, " text"]:
+class _Found:
+    """What the read-outs have found so far."""
+
+    def __init__(self) -> None:
+        self.clean: dict[ReadOut, Outcome] = {}
+        self.outcomes: dict[tuple[str, Condition], Outcome] = {}
+        self.forwards = Forwards()
+        self.self_check: float | None = None
+        self.concepts: list[ConceptEffect] | None = None
+
+    def add(self, read_out: ReadOut, outcomes: Mapping[Condition, Outcome]) -> None:
+        """The outcomes of a read-out; a removal that is the same for all runs carries the name of none."""
+        alone = len({key.run for key in outcomes if key.removal == "mean"}) == 1
+        for key, outcome in outcomes.items():
+            nameless = alone and key.removal == "mean"
+            self.outcomes[read_out, key._replace(run="") if nameless else key] = outcome
+
+    def of(self, read_out: ReadOut) -> dict[Condition, Outcome]:
+        """The outcomes of one read-out."""
+        return {key: outcome for (kind, key), outcome in self.outcomes.items() if kind == read_out}
+
+
+def removals_of(
+    runs: Mapping[str, Run], removals: Sequence[Removal], rows_changed: RowsChanged
+) -> tuple[dict[str, tuple[Removal, ...]], list[LeftOut]]:
+    """The removals that are done for each run, and those that cannot be.
+
+    `mean` asks for no concept: it is done once for all runs with the same mean and the same rows to change.
+
+    Raises
+    ------
+    ConfigError
+        Where no run has any of the removals.
+    """
+    done: dict[str, tuple[Removal, ...]] = {}
+    left_out = []
+    means: set[tuple[bytes, str]] = set()
+    for name, run in runs.items():
+        mine: list[Removal] = []
+        for removal in removals:
+            mean = (run.lower_mean.tobytes(), run.config.special if rows_changed == "all" else "")
+            if removal == "mean" and mean in means:
+                continue
+            if removal == "subspace" and not run.has_latents:
+                left_out.append(LeftOut(name, removal, f"{run.config.method} has no latents to span a subspace"))
+                continue
+            if removal == "mean":
+                means.add(mean)
+            mine.append(removal)
+        done[name] = tuple(mine)
+    if not any(done.values()):
+        raise ConfigError(
+            f"none of the runs ({', '.join(runs)}) has latents, which the removal subspace takes out: "
+            "add a run of the method sae or cross-sae, or use another --removal"
+        )
+    return done, left_out
+
+
+def asked_of(
+    cache: Cache, name: str, run: Run, texts: Sequence[TextRows], removals: Sequence[Removal], config: AblateConfig
+) -> Asked:
+    """The run with the concepts of all rows of the texts."""
+    rows = np.concatenate([part.row for part in texts])
+    cuts = np.cumsum([len(part.row) for part in texts])[:-1]
+    codes, active = [], []
+    for _, vectors in cache.blocks([run.config.lower], rows):
+        codes.append(run.assign(vectors[run.config.lower]))
+        if "subspace" in removals:
+            active.append(run.active(vectors[run.config.lower])[:, : config.subspace_k])
+    return Asked(
+        name=name,
+        run=run,
+        codes=np.split(np.concatenate(codes), cuts),
+        active=np.split(np.concatenate(active), cuts) if active else None,
+    )
+
+
+def _each_concept(
+    model: LanguageModel,
+    clean: CleanTexts,
+    asked: Sequence[Asked],
+    texts: Sequence[TextRows],
+    found: _Found,
+    removals: Mapping[str, Sequence[Removal]],
+    config: AblateConfig,
+    progress: Progress,
+) -> list[ConceptEffect]:
+    effects = []
+    part = np.ones(len(texts), dtype=bool)
+    for one in asked:
+        removal = _last_of_concepts(removals[one.name])
+        if removal is not None:
+            pairs = remove_each_concept(
+                model, clean, one, texts, removal,
+                site=one.run.config.lower, seed=config.seed, forwards=found.forwards, progress=progress,
+            )  # fmt: skip
+            effects += concept_effects(one.name, removal, pairs, part, min_texts=config.min_texts, seed=config.seed)
+    return by_total_effect(effects)
+
+
+def _last_of_concepts(removals: Sequence[Removal]) -> Removal | None:
+    """The last removal that takes concepts out."""
+    return next((removal for removal in reversed(removals) if removal != "mean"), None)
+
+
+def choose_texts(cache: Cache, runs: Mapping[str, Run], config: AblateConfig) -> Bool[np.ndarray, " text"]:
+    """The texts to evaluate.
+
+    Raises
+    ------
+    ConfigError
+        Where no split is named and the runs held out different texts.
+    """
     if config.split:
         chosen = cache.splits(config.split)
     else:
@@ -221,7 +375,7 @@ def _choose_texts(cache: Cache, runs: dict[str, Run], config: AblateConfig) -> B
     return chosen
 
 
-def _check_rows(cache: Cache, runs: dict[str, Run], texts: Sequence[TextRows], config: AblateConfig) -> None:
+def _check_rows(cache: Cache, runs: Mapping[str, Run], texts: Sequence[TextRows], config: AblateConfig) -> None:
     """Make sure that there is something to remove."""
     if not texts:
         raise ConfigError(f"none of the chosen texts has a row in {cache.path}: choose others with --split")
@@ -236,7 +390,7 @@ def _check_rows(cache: Cache, runs: dict[str, Run], texts: Sequence[TextRows], c
             )
 
 
-def _trained_texts(cache: Cache, runs: dict[str, Run], texts: Sequence[TextRows]) -> int:
+def _trained_texts(cache: Cache, runs: Mapping[str, Run], texts: Sequence[TextRows]) -> int:
     ids, splits = np.asarray(cache.texts["text_id"]), cache.texts["split"].to_pylist()
     trained: set[int] = set()
     for run in runs.values():
@@ -258,80 +412,33 @@ def _cls_tells(cache: Cache, site: str, texts: Sequence[TextRows]) -> bool:
     return bool(spread > 0.02 * np.linalg.norm(vectors, axis=1).mean())
 
 
-def _codes(cache: Cache, run: Run, texts: Sequence[TextRows]) -> list[Any]:
-    rows = np.concatenate([part.row for part in texts])
-    codes = np.concatenate(
-        [run.assign(vectors[run.config.lower]) for _, vectors in cache.blocks([run.config.lower], rows)]
-    )
-    return np.split(codes, np.cumsum([len(part.row) for part in texts])[:-1])
-
-
 def _removed_concepts(
-    asked: Sequence[Asked], texts: Sequence[TextRows], salient: Sequence[int | None], config: AblateConfig
+    asked: Sequence[Asked], texts: Sequence[TextRows], rows: Sequence[int | None], config: AblateConfig
 ) -> dict[str, list[int]]:
     """The concept removed from each text; −1 where it is none or several."""
-    result = {}
-    for one in asked:
-        concepts = []
-        for number, rows in enumerate(texts):
-            row = {"salient": salient[number], "cls": rows.first_special(), "all": None}[config.rows_changed]
-            concepts.append(-1 if row is None else int(one.codes[number][row]))
-        result[one.name] = concepts
-    return result
+    alone = config.rows_changed != "all"
+    return {
+        one.name: [int(one.codes[number][row]) if alone and row is not None else -1 for number, row in enumerate(rows)]
+        for one in asked
+    }
 
 
-def _lines(
-    clean: dict[ReadOut, Outcome], outcomes: dict[tuple[ReadOut, Condition], Outcome], config: AblateConfig
-) -> list[Line]:
-    lines = []
-    for read_out in config.read_outs:
-        part = np.logical_and.reduce(
-            [np.isfinite(outcome.flipped) for (kind, _), outcome in outcomes.items() if kind == read_out]
-        )
-        base = clean[read_out].only(part)
-        lines.append(_line("", read_out, None, "nothing", base, base, None, config))
-        for (kind, (run, removal, subject)), outcome in outcomes.items():
-            if kind == read_out:
-                own = outcomes[kind, (run, removal, SUBJECTS[0])].only(part) if subject != SUBJECTS[0] else None
-                lines.append(_line(run, read_out, removal, subject, outcome.only(part), base, own, config))
-    return lines
-
-
-def _line(
-    run: str,
-    read_out: ReadOut,
-    removal: Removal | None,
-    removed: str,
-    outcome: Outcome,
-    base: Outcome,
-    own: Outcome | None,
+def _salient_concepts(
+    removed: Mapping[str, Sequence[int]],
+    removals: Mapping[str, Sequence[Removal]],
+    found: _Found,
     config: AblateConfig,
-) -> Line:
-    def over_texts(values: Any) -> Estimate:
-        return estimate(values, seed=config.seed)
-
-    return Line(
-        run=run,
-        read_out=read_out,
-        removal=removal,
-        removed=removed,
-        texts=int(np.isfinite(outcome.flipped).sum()),
-        accuracy=over_texts(outcome.correct),
-        drop=over_texts(base.correct - outcome.correct),
-        flipped=over_texts(outcome.flipped),
-        probability_lost=over_texts(outcome.probability_lost),
-        norm_removed=over_texts(outcome.norm_removed),
-        own_minus_this=None if own is None else over_texts(own.probability_lost - outcome.probability_lost),
-    )
-
-
-def _concept_effects(
-    removed: dict[str, list[int]], outcomes: dict[tuple[ReadOut, Condition], Outcome], config: AblateConfig
 ) -> list[ConceptEffect]:
+    """Effects by the concept of the row that lost it."""
+    outcomes = found.of(config.read_outs[0])
+    part = common_texts(outcomes)
     effects = []
     for run, concepts in removed.items():
-        outcome = outcomes[config.read_outs[0], (run, config.removals[-1], SUBJECTS[0])]
-        kinds = np.where(np.isfinite(outcome.flipped), concepts, -1)
+        removal = _last_of_concepts(removals[run])
+        if removal is None:
+            continue
+        outcome = outcomes[Condition(run, removal, OWN, max(config.strengths))]
+        kinds = np.where(part, concepts, -1)
         for concept in np.unique(kinds[kinds >= 0]).tolist():
             mine = kinds == concept
             effects.append(
@@ -343,85 +450,4 @@ def _concept_effects(
                     flipped=float(outcome.flipped[mine].mean()),
                 )
             )
-    return sorted(effects, key=lambda effect: -effect.texts * effect.probability_lost)
-
-
-def _write(
-    out: Path,
-    cache: Cache,
-    texts: Sequence[TextRows],
-    settings: dict[str, Any],
-    result: AblateResult,
-    outcomes: dict[tuple[ReadOut, Condition], Outcome],
-    removed: dict[str, list[int]],
-) -> None:
-    ids = np.asarray(cache.texts["text_id"])[[rows.text for rows in texts]]
-    tables = []
-    for (read_out, (run, removal, subject)), outcome in outcomes.items():
-        count = len(texts)
-        columns: dict[str, Any] = {
-            "run": [run] * count,
-            "read_out": [read_out] * count,
-            "removal": [removal] * count,
-            "removed": [subject] * count,
-            "text_id": ids,
-            "concept": pa.array(removed[run], pa.int32()),
-            **{name: getattr(outcome, name) for name in Outcome.__dataclass_fields__},
-        }
-        tables.append(pa.table(columns))
-    # The old result first: killed in between, it would stand beside the new texts.
-    (out / RESULT).unlink(missing_ok=True)
-    sink = io.BytesIO()
-    pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
-    write_file(out / PER_TEXT, sink.getvalue())
-    plain = {"settings": settings, "bootstrap_resamples": RESAMPLES, **_plain(asdict(result))}
-    del plain["path"]
-    write_file(out / RESULT, to_json(plain))
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN: what could not be measured is null."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _stored(out: Path, settings: dict[str, Any], *, force: bool) -> AblateResult | None:
-    """The result that stands in `out`, where its settings match."""
-    file = out / RESULT
-    if not file.is_file():
-        strange = sorted(
-            entry.name for entry in out.iterdir() if entry.name != PER_TEXT and not entry.name.endswith(".aside")
-        )
-        if strange and not force:
-            raise ConfigError(f"{out} is not empty and holds no ablation (it holds {strange[0]!r}): give another --out")
-        return None
-    try:
-        plain = json.loads(file.read_bytes())
-        lines = differences(plain["settings"], json.loads(json.dumps(settings)))
-        kept = {name: _with_nan(plain[name]) for name in ("texts", "trained_texts", "lines", "concepts")}
-        if not lines:
-            return TypeAdapter(AblateResult).validate_python({"path": out, **kept})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if not force:
-            raise ConfigError(f"{file} is damaged: give another --out, or --force to replace it") from error
-        return None
-    if not force:
-        raise ResumeMismatch(
-            f"{out} holds an ablation with other settings ({'; '.join(lines[:6])}): give another --out, or --force"
-        )
-    return None
-
-
-def _with_nan(value: Any) -> Any:
-    """What `_plain` wrote as null inside an estimate, as NaN again."""
-    if isinstance(value, list):
-        return [_with_nan(inner) for inner in value]
-    if isinstance(value, dict):
-        estimate_keys = value.keys() == set(Estimate.__dataclass_fields__)
-        return {key: math.nan if estimate_keys and inner is None else _with_nan(inner) for key, inner in value.items()}
-    return value
+    return by_total_effect(effects)

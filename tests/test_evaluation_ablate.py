@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clvq.errors import ConfigError, ModelError, ResumeMismatch, RunMismatch
-from clvq.evaluation import ablate as ablate_module
-from clvq.evaluation import readouts
+from clvq.evaluation import ablation_folder, patched, probed
 from clvq.evaluation.ablate import AblateConfig, ablate
 from clvq.evaluation.concepts import _shorten, describe
+from clvq.evaluation.controls import CONTROLS
 from clvq.evaluation.rows import changed_rows, rows_by_text
 from clvq.evaluation.saliency import run_clean, salient_row
 from clvq.trainer.config import preset_config, with_overrides
@@ -75,7 +75,7 @@ def _table(out: Path, **chosen: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("rows_changed", ["salient", "cls", "all"])
-@pytest.mark.parametrize("removal", ["projection", "centred"])
+@pytest.mark.parametrize("removal", ["projection", "centred", "offset"])
 @pytest.mark.parametrize("kind", ["study", "decoder"])
 def test_the_model_read_out_equals_a_plain_hooked_model(
     kind: str, tmp_path: Path, rows_changed: str, removal: str, request: pytest.FixtureRequest
@@ -124,6 +124,9 @@ def test_the_model_read_out_equals_a_plain_hooked_model(
                     else:
                         unit, centre = run.published_direction(int(codes[row])), np.zeros(tiny.WIDTH)
                     for position in range(first, last + 1):
+                        if removal == "offset":
+                            hidden[0, position] -= run.concept_means[codes[row]].astype(np.float64) - run.lower_mean
+                            continue
                         offset = hidden[0, position] - centre
                         hidden[0, position] -= (offset @ unit) * unit
                 return (torch.from_numpy(hidden).float(), *args[1:])
@@ -182,7 +185,7 @@ def test_removing_a_zero_direction_leaves_the_models_logits_as_they_are(study: S
 def test_controls_and_intervals_are_in_the_table(study: Study, tmp_path: Path):
     result = _ablate(study, tmp_path)
     kinds = {(line.read_out, line.removal, line.removed) for line in result.lines}
-    subjects = ("own code", "random code", "matched random", "mean direction")
+    subjects = ("own code", *CONTROLS)
     for read_out in ("model", "probe"):
         assert (read_out, None, "nothing") in kinds
         for removal in ("projection", "centred"):
@@ -191,15 +194,16 @@ def test_controls_and_intervals_are_in_the_table(study: Study, tmp_path: Path):
     for line in result.lines:
         assert line.flipped.low <= line.flipped.value <= line.flipped.high
         own = lines[line.read_out, line.removal, "own code"] if line.removal else None
-        if own is not None and line.removed != "own code":
+        partnered = line.removed in ("same label", "other label")
+        if own is not None and line.removed != "own code" and not partnered:
             gap = own.probability_lost.value - line.probability_lost.value
             assert line.own_minus_this.value == pytest.approx(gap, abs=1e-9)
-        if own is not None and line.removed == "matched random":
+        if own is not None and line.removed in ("matched random", "matched code"):
             assert line.norm_removed.value == pytest.approx(own.norm_removed.value, rel=1e-3)
         # Only where all lines are over the same texts do the accuracies differ by the drop.
         clean = lines[line.read_out, None, "nothing"]
-        assert line.texts == clean.texts
-        assert line.drop.value == pytest.approx(clean.accuracy.value - line.accuracy.value, abs=1e-9)
+        assert line.texts == clean.texts or (partnered and line.texts < clean.texts)
+        assert partnered or line.drop.value == pytest.approx(clean.accuracy.value - line.accuracy.value, abs=1e-9)
     plain = json.loads((tmp_path / "ablation.json").read_bytes())
     assert plain["settings"]["cache_id"] == study.cache.id
     assert result.trained_texts == 0
@@ -311,7 +315,7 @@ def test_the_probe_is_asked_about_vectors_centred_among_themselves(
         asked.append(vectors)
         yield np.arange(4), probe
 
-    monkeypatch.setattr(readouts, "cross_validated", one_fold)
+    monkeypatch.setattr(probed, "cross_validated", one_fold)
     settings = {"read_outs": ("probe",), "rows_changed": "cls", "removals": ("centred",)}
     _ablate(study, tmp_path, **settings)
     table = [row for row in _table(tmp_path, removed="own code") if not np.isnan(row["flipped"])]
@@ -369,12 +373,12 @@ def test_another_tokenizer_than_the_caches_is_refused(study: Study, tmp_path: Pa
 
 
 def test_batches_are_as_large_as_their_texts_not_as_the_rows_kept(decoder: Study, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readouts, "_BATCH_SLOTS", 128)
+    monkeypatch.setattr(patched, "BATCH_SLOTS", 128)
     names = ("row", "position", "subwords", "token", "special")
     whole = rows_by_text(decoder.cache, decoder.cache.splits(["train"]))
     first = [replace(rows, **{name: getattr(rows, name)[:1] for name in names}) for rows in whole]
     seen = []
-    for numbers, ids in readouts._batches(decoder.cache, decoder.model, first):
+    for numbers, ids in patched.tokenised(decoder.cache, decoder.model, first):
         assert len(ids) == 1 or len(ids) * max(map(len, ids)) <= 128
         assert [len(part) for part in ids] == [len(whole[number].row) for number in numbers]
         seen += numbers
@@ -396,14 +400,14 @@ def test_a_kill_while_a_result_is_replaced_leaves_no_old_table_beside_new_texts(
 ):
     settings = {"read_outs": ("model",), "removals": ("centred",)}
     _ablate(study, tmp_path, **settings)
-    real = ablate_module.write_file
+    real = ablation_folder.write_file
 
     def killed(path: Path, data: bytes) -> None:
         if path.name == "ablation.json":
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(ablate_module, "write_file", killed)
+    monkeypatch.setattr(ablation_folder, "write_file", killed)
     other = AblateConfig(**settings, seed=5)
     with pytest.raises(KeyboardInterrupt):
         ablate(study.cache, {"run": study.run_folder}, tmp_path, lambda: study.model, other, force=True)

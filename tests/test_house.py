@@ -12,7 +12,19 @@ ROOT = Path(clvq.__file__).parent
 PARTS = ("cache", "cache.sharing", "pipeline", "trainer", "evaluation")
 FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part.replace(".", "/")).glob("*.py"))])
 # The command: it alone talks to a person, and may import everything.
-COMMAND = ("cli", "cli_cache", "cli_extract", "cli_rationales", "cli_train", "options", "terminal")
+COMMAND = (
+    "cli",
+    "cli_ablate",
+    "cli_cache",
+    "cli_export",
+    "cli_extract",
+    "cli_quality",
+    "cli_rationales",
+    "cli_report",
+    "cli_train",
+    "options",
+    "terminal",
+)
 # Who may import whom; everyone may import errors and progress.
 ALLOWED = {
     "cache": {"cache"},
