@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito (2008): told apart with every common colour blindness.
-_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY, _GREY = (
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555",
 )  # fmt: skip
-_SIDES = {"held_out": _BLUE, "train": _VERMILION, "": _GREY}
+_SIDES = {"held_out": BLUE, "train": VERMILION, "": GREY}
 # For several lines of a side: none of the sides' colours.
-_NAMES = (_PURPLE, _ORANGE, _SKY, _GREY)
+_NAMES = (PURPLE, ORANGE, SKY, GREY)
 
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -141,12 +141,13 @@ def write_figures(out: Path) -> None:
     # Some methods have no epochs.
     if metrics:
         curves = learning_curves(metrics, best_epoch=report.get("best_epoch"), codes=codes, title=title)
-        _write(out, LEARNING_CURVES, curves)
-    _write(out, CODEBOOK, codebook_health(concepts, title=title))
+        save_figure(out, LEARNING_CURVES, curves)
+    save_figure(out, CODEBOOK, codebook_health(concepts, title=title))
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Draw in the style of all of clvq's figures, whatever the person's own is."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -156,7 +157,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-@_style()
+@style()
 def learning_curves(
     metrics: Sequence[Mapping[str, Any]], *, best_epoch: int | None = None, codes: int | None = None, title: str = ""
 ) -> "Figure":
@@ -172,7 +173,7 @@ def learning_curves(
         Size of the codebook, to which the codes in use are compared.
     """
     panels = _panels(metrics)
-    figure, grid = _figure(max(len(panels), 1), columns=3, height=1.75, title=title)
+    figure, grid = new_figure(max(len(panels), 1), columns=3, height=1.75, title=title)
     epochs = np.array([line["epoch"] for line in metrics], dtype=np.float64)
     before = [line for line in metrics if line.get("phase", "train") != "train"]
     for axes, (heading, series) in zip(grid, panels.items(), strict=False):
@@ -181,27 +182,27 @@ def learning_curves(
             first, last = before[0]["epoch"], before[-1]["epoch"]
             axes.axvspan(first - 0.5, last + 0.5, color=_BEFORE, linewidth=0, zorder=0)
         if best_epoch is not None:
-            axes.axvline(best_epoch, color=_GREEN, linestyle=":", linewidth=1.2, zorder=1)
+            axes.axvline(best_epoch, color=GREEN, linestyle=":", linewidth=1.2, zorder=1)
         axes.set(title=heading, xlabel="epoch", xlim=(epochs.min() - 0.5, epochs.max() + 0.5))
         _whole(axes.xaxis)
     if not panels:
-        _nothing(grid[0], "no epoch was measured")
+        nothing(grid[0], "no epoch was measured")
     _key(figure, before=list(dict.fromkeys(line["phase"] for line in before)), best_epoch=best_epoch)
     return figure
 
 
-@_style()
+@style()
 def codebook_health(concepts: Concepts, *, title: str = "") -> "Figure":
     """Use of the codes by rank, norms of the codes, and spread and nearest neighbours of the concepts' centred means.
 
     A mean is centred by the mean of all training rows. Where there are more than 4,096 used concepts, the
     neighbours of a seeded sample of so many are shown, sought among all.
     """
-    figure, (use, norms, spread, near) = _figure(4, columns=2, height=2.4, title=title)
+    figure, (use, norms, spread, near) = new_figure(4, columns=2, height=2.4, title=title)
     _use(use, concepts.counts)
     used = concepts.counts > 0
     if concepts.codes is None:
-        _nothing(norms, "the model has no codebook")
+        nothing(norms, "the model has no codebook")
     else:
         lengths = np.linalg.norm(concepts.codes, axis=1)
         _histogram(norms, {"used codes": lengths[used], "dead codes": lengths[~used]})
@@ -283,7 +284,7 @@ def _curves(
 ) -> None:
     everything = np.array([values for _, values in series])
     if not np.isfinite(everything).any():
-        _nothing(axes, "no finite values")
+        nothing(axes, "no finite values")
         return
     names = list(dict.fromkeys(place.name for place, _ in series))
     for place, values in series:
@@ -294,7 +295,7 @@ def _curves(
         axes.plot(epochs, values, color=colour, linestyle="--" if train else "-", marker=marker, label=label)
     group, counted = series[0][0].group, heading == _IN_USE
     if counted and codes is not None:
-        axes.axhline(codes, color=_GREY, linestyle=(0, (1, 1)), linewidth=1, label=f"all {codes:,}")
+        axes.axhline(codes, color=GREY, linestyle=(0, (1, 1)), linewidth=1, label=f"all {codes:,}")
         everything = np.append(everything, codes)
     _scale(axes, everything, wide=1.0 if group == "optimizer" else _WIDE, from_zero=counted or group == "fvu")
     axes.set_ylabel({"loss": "mean over rows", "fvu": "share", "codebook": "codes" if counted else ""}.get(group, ""))
@@ -339,12 +340,12 @@ def _use(axes: "Axes", counts: Int64[np.ndarray, " code"]) -> None:
     ordered = np.sort(counts[counts > 0])[::-1]
     dead, rows = len(counts) - len(ordered), int(counts.sum())
     if rows == 0:
-        _nothing(axes, f"none of the {len(counts):,} codes has a training row")
+        nothing(axes, f"none of the {len(counts):,} codes has a training row")
         return
     # A thousand points are a smooth curve; each code a point would make the file as large as the codebook.
     ranks = np.unique(np.geomspace(1, len(ordered), 1000).round().astype(np.int64))
-    axes.plot(ranks, ordered[ranks - 1], color=_BLUE, marker="o" if len(ranks) <= 30 else "", label="rows of a code")
-    axes.axhline(rows / len(counts), color=_GREY, linestyle="--", linewidth=1, label="all codes used equally")
+    axes.plot(ranks, ordered[ranks - 1], color=BLUE, marker="o" if len(ranks) <= 30 else "", label="rows of a code")
+    axes.axhline(rows / len(counts), color=GREY, linestyle="--", linewidth=1, label="all codes used equally")
     if dead:
         label = f"{dead:,} dead ({dead / len(counts):.1%})"
         axes.axvspan(len(ordered) + 0.5, len(counts) + 0.5, color=_DEAD, linewidth=0, zorder=0, label=label)
@@ -364,11 +365,11 @@ def _histogram(axes: "Axes", series: Mapping[str, Float[np.ndarray, " _"]], *, c
     finite = {label: values[np.isfinite(values)].astype(np.float64) for label, values in series.items()}
     finite = {label: values for label, values in finite.items() if len(values)}
     if not finite:
-        _nothing(axes, "no finite values")
+        nothing(axes, "no finite values")
         return
     edges, logarithmic = _edges(list(finite.values()), cosines=cosines)
     highest = 0
-    for colour, (label, values) in zip((_BLUE, _VERMILION), finite.items(), strict=False):
+    for colour, (label, values) in zip((BLUE, VERMILION), finite.items(), strict=False):
         # The outermost edges may round to just inside the values.
         found, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         axes.stairs(found, edges, color=colour, fill=True, alpha=0.25)
@@ -404,9 +405,9 @@ def _edges(series: list[Float[np.ndarray, " _"]], *, cosines: bool) -> tuple[Flo
     ), logarithmic
 
 
-def _nothing(axes: "Axes", why: str) -> None:
+def nothing(axes: "Axes", why: str) -> None:
     """Say in an empty panel why it is empty."""
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.tick_params(which="both", left=False, bottom=False, labelleft=False, labelbottom=False)
     axes.grid(visible=False)
 
@@ -417,17 +418,17 @@ def _key(figure: "Figure", *, before: list[str], best_epoch: int | None) -> None
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Line2D([], [], color=_BLUE, label="held out"),
-        Line2D([], [], color=_VERMILION, linestyle="--", label="train"),
+        Line2D([], [], color=BLUE, label="held out"),
+        Line2D([], [], color=VERMILION, linestyle="--", label="train"),
     ]
     if before:
         handles.append(Patch(color=_BEFORE, label=f"{' and '.join(before)}, before the codebook"))
     if best_epoch is not None:
-        handles.append(Line2D([], [], color=_GREEN, linestyle=":", label=f"best epoch ({best_epoch}), kept"))
+        handles.append(Line2D([], [], color=GREEN, linestyle=":", label=f"best epoch ({best_epoch}), kept"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
-def _figure(panels: int, *, columns: int, height: float, title: str) -> tuple["Figure", list["Axes"]]:
+def new_figure(panels: int, *, columns: int, height: float, title: str) -> tuple["Figure", list["Axes"]]:
     """A figure with so many axes; `height` is a row's, in inches."""
     from matplotlib.figure import Figure
 
@@ -440,10 +441,10 @@ def _figure(panels: int, *, columns: int, height: float, title: str) -> tuple["F
     return figure, grid[:panels]
 
 
-def _write(out: Path, name: str, figure: "Figure") -> None:
+def save_figure(out: Path, name: str, figure: "Figure") -> None:
     """Both files of a figure, without a date or a version in them."""
     svg, png = io.BytesIO(), io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", metadata={"Software": None}, dpi=150)
     write_file(out / f"{name}.svg", svg.getvalue())
