@@ -57,3 +57,11 @@ $(VENV)/.installed: requirements.lock requirements-no-deps.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-no-deps.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Every study of examples/ that there are folders for, cell by cell; the same command goes on where it was stopped.
+# DECODER may be the folder or GGUF file of a decoder, OPTIONS anything that examples/study.py takes.
+.PHONY: results
+results: $(VENV)/.installed
+	@test -n "$(MODELS)" && test -n "$(DATA)" && test -n "$(OUT)" || { echo "give MODELS=… DATA=… OUT=…"; exit 2; }
+	$(BIN)/python examples/results.py --models "$(MODELS)" --data "$(DATA)" --out "$(OUT)" \
+		$(if $(DECODER),--decoder "$(DECODER)") $(OPTIONS)

@@ -1,0 +1,423 @@
+"""The tables of a study, from the JSON files that its commands left. No figure is computed here: each stands in a file.
+
+`results.json` names the file and the place of every figure; `results.md` shows them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from study_cells import write_json
+from study_methods import METHODS, read_lines, still_falling
+
+NOTHING = "–"
+
+_CONTROLS = ("matched code", "matched random", "random code", "same label", "other label", "mean direction", "gaussian")
+_COMPARED = {"compared-salient": "most salient", "compared-all": "all"}
+_QUALITY = {
+    "word purity": ("word purity", ".3f"),
+    "label purity": ("label purity", ".3f"),
+    "label AMI": ("label ami", ".3f"),
+    "label beyond word, bits": ("label beyond word", "+.3f"),
+}
+_OVERLAP = {"token F1": "f1", "average precision": "average_precision", "concept's rows: F1": "set_f1"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a figure stands: a file, seen from the study's folder, and the keys that lead to it there."""
+
+    file: str
+    at: tuple[str | int, ...]
+    value: float | int | bool | str | None
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a table."""
+
+    text: str
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table."""
+
+    title: str
+    about: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Field, ...], ...]
+
+
+class _File:
+    """A JSON file, and fields from it."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.name = name
+        self.content: Any = json.loads((out / name).read_text(encoding="utf-8"))
+
+    def get(self, *at: str | int) -> Source:
+        value = self.content
+        for key in at:
+            value = value.get(key) if isinstance(value, dict) else value[key]
+        return Source(self.name, at, value)
+
+    def estimate(self, *at: str | int, form: str) -> Field:
+        """A value with its interval."""
+        found = self.get(*at).value
+        if not isinstance(found, dict):
+            return Field(NOTHING)
+        middle = "mean" if "mean" in found else "value"
+        parts = [self.get(*at, name) for name in (middle, "low", "high")]
+        value, low, high = (_shown(part.value, form) for part in parts)
+        if value == NOTHING:
+            return Field(NOTHING)
+        if NOTHING in (low, high):
+            return Field(value, (parts[0],))
+        return Field(f"{value} [{low}, {high}]", tuple(parts))
+
+
+def write_tables(out: Path) -> list[Table]:
+    """Write `results.json` and `results.md` from what stands in a study's folder, and give the tables."""
+    study = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    methods = [name for name in METHODS if name in study["methods"]]
+    runs = {
+        name: [
+            run
+            for run in (f"{name}-seed={study['seed'] + number}" for number in range(study["seeds"]))
+            if (out / "runs" / run / "model.safetensors").is_file()
+        ]
+        for name in methods
+    }
+    tables = [table for table in _tables(out, runs, study) if table.rows]
+    write_json(out / "results.json", {"study": study, "tables": [asdict(table) for table in tables]})
+    text = "\n".join(["# Results", "", *(line for table in tables for line in _markdown(table))])
+    (out / "results.md").write_text(text, encoding="utf-8")
+    return tables
+
+
+def _tables(out: Path, runs: Mapping[str, Sequence[str]], study: Mapping[str, Any]) -> Iterable[Table]:
+    yield _fits(out, runs)
+    yield _budgets(out, runs)
+    yield _published(out, runs)
+    for evaluation, which in (("salient", "the most salient row"), ("all", "all rows")):
+        yield _honest(out, runs, evaluation, which)
+    yield _equal_norm(out)
+    yield _contrasts(out)
+    yield _quality(out, runs, study["upper"])
+    yield _rationales(out, runs)
+    yield _failures(out)
+
+
+def _fits(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
+    figures = {
+        "concepts": ("codes", ",.0f"),
+        "used": ("used_codes", ",.0f"),
+        "perplexity": ("perplexity", ".1f"),
+        "own-code FVU": ("own_code_fvu", ".4f"),
+        "decoder FVU": ("decoder_fvu_codes_only", ".4f"),
+        "latents' FVU": ("sae_fvu", ".4f"),
+        "active latents": ("l0", ".1f"),
+    }
+    rows = []
+    for name, own in runs.items():
+        reports = [_File(out, f"runs/{run}/report.json") for run in own]
+        records = [_File(out, f"cells/train/{run}.json") for run in own]
+        if reports:
+            fields = [_each([report.get(key) for report in reports], form) for key, form in figures.values()]
+            times = _each([record.get("cpu_seconds") for record in records], ",.0f")
+            rows.append((Field(name), *fields, times))
+    return Table(
+        "Fits",
+        "One figure for each seed, where they differ; on the texts that measure. CPU s: seconds of processor time.",
+        ("method", *figures, "CPU s"),
+        tuple(rows),
+    )
+
+
+def _budgets(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
+    rows = []
+    for name, own in runs.items():
+        if not own or not (out / "budgets" / f"{name}.json").is_file():
+            continue
+        file = _File(out, f"budgets/{name}.json")
+        wanted, given = (
+            [file.get(part, setting) for setting in file.content["epochs"]] for part in ("wanted", "epochs")
+        )
+        falling = [still_falling(read_lines(out / "runs" / run)) for run in own]
+        said = {
+            phase: ", ".join(dict.fromkeys(_yes(one.get(phase)) for one in falling)) for one in falling for phase in one
+        }
+        rows.append(
+            (
+                Field(name),
+                _together(wanted, ".0f"),
+                _together(given, ".0f"),
+                _each([file.get("limited_by")], ""),
+                Field("; ".join(f"{phase}: {text}" if len(said) > 1 else text for phase, text in said.items())),
+                _each([file.get("at_most_epochs")], ".0f"),
+                _each([file.get("at_most_cpu_seconds")], ",.0f"),
+            )
+        )
+    return Table(
+        "Length of the fits",
+        "Epochs wanted and given (encoder + rest), and whether the held-out loss still fell at the end: the last epoch "
+        "of a phase lowered it by more than 0.5 %.",
+        ("method", "epochs wanted", "given", "limited by", "still falling", "at most epochs", "at most CPU s"),
+        tuple(rows),
+    )
+
+
+def _published(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
+    rows = []
+    for name, file in _results(out, runs, "published"):
+        clean = _clean(file)
+        own = _lines_of(file, "projection")
+        if clean is None or "own code" not in own:
+            continue
+        controls = [own.get(control) for control in _CONTROLS]
+        rows.append(
+            (
+                Field(name),
+                file.estimate(*clean, "accuracy", form=".3f"),
+                file.estimate(*own["own code"], "accuracy", form=".3f"),
+                *(Field(NOTHING) if at is None else file.estimate(*at, "accuracy", form=".3f") for at in controls),
+                file.estimate(*own["own code"], "norm_removed", form=".1%"),
+            )
+        )
+    return Table(
+        "As published: accuracy of a probe after an uncentred projection",
+        "Of the most salient row's concept, on one vector per text. Accuracy below chance is a class turned round "
+        "by the common mean, no evidence of a removed concept.",
+        ("method", "nothing removed", "own code", *_CONTROLS, "norm removed"),
+        tuple(rows),
+    )
+
+
+def _honest(out: Path, runs: Mapping[str, Sequence[str]], evaluation: str, which: str) -> Table:
+    rows = []
+    for name, file in _results(out, runs, evaluation):
+        clean = _clean(file)
+        for removal in ("centred", "subspace"):
+            own = _lines_of(file, removal)
+            if "own code" not in own:
+                continue
+            at = own["own code"]
+            controls = [own.get(control) for control in _CONTROLS]
+            rows.append(
+                (
+                    Field(name),
+                    Field(removal),
+                    Field(NOTHING) if clean is None else file.estimate(*clean, "accuracy", form=".3f"),
+                    file.estimate(*at, "accuracy", form=".3f"),
+                    file.estimate(*at, "flipped", form=".1%"),
+                    file.estimate(*at, "probability_lost", form="+.3f"),
+                    file.estimate(*at, "norm_removed", form=".1%"),
+                    *(
+                        Field(NOTHING) if at is None else file.estimate(*at, "own_minus_this", form="+.3f")
+                        for at in controls
+                    ),
+                )
+            )
+    return Table(
+        f"The model itself, concepts removed from {which}",
+        "Centred removal at the lower site; the model's own upper blocks and head are run. *own − …*: probability lost "
+        "by the own code less that lost by a control, paired by text; a control is beaten where the interval lies "
+        "above 0.",
+        (
+            *("method", "removal", "accuracy before", "after", "flipped", "probability lost", "norm removed"),
+            *(f"own − {control}" for control in _CONTROLS),
+        ),
+        tuple(rows),
+    )
+
+
+def _equal_norm(out: Path) -> Table:
+    rows: list[tuple[Field, ...]] = []
+    for evaluation, which in _COMPARED.items():
+        file = _compared(out, evaluation)
+        if file is None:
+            continue
+        for place, curve in enumerate(file.content["curves"]):
+            at = ("curves", place)
+            last = len(curve["strengths"]) - 1
+            rows.append(
+                (
+                    Field(which),
+                    Field(_method(curve["group"])),
+                    Field(curve["removed"]),
+                    file.estimate(*at, "norm_removed", last, form=".1%"),
+                    file.estimate(*at, "probability_lost", last, form="+.4f"),
+                    _each([file.get(*at, "common_norm")], ".1%"),
+                    file.estimate(*at, "at_common_norm", form="+.4f"),
+                    file.estimate(*at, "mean_to_common_norm", form="+.4f"),
+                )
+            )
+    return Table(
+        "Methods at equal norm removed",
+        "Centred removal, all methods in one ablation. *Common norm*: the least that any method's own codes remove. "
+        "*At it* and *mean up to it*: probability lost on the curve of effect against norm, piecewise linear through "
+        "(0, 0); the mean is the area under it, divided by the norm.",
+        ("rows", "method", "removed", "norm removed", "probability lost", "common norm", "at it", "mean up to it"),
+        tuple(rows),
+    )
+
+
+def _contrasts(out: Path) -> Table:
+    rows: list[tuple[Field, ...]] = []
+    for evaluation, which in _COMPARED.items():
+        file = _compared(out, evaluation)
+        if file is None:
+            continue
+        for place, contrast in enumerate(file.content["contrasts"]):
+            at = ("contrasts", place)
+            names = [_method(contrast[side]) for side in ("first", "second")]
+            if "clvq-vae" not in names:
+                continue
+            rows.append(
+                (
+                    Field(which),
+                    Field(" − ".join(names)),
+                    Field(contrast["what"]),
+                    file.estimate(*at, "difference", form="+.4f"),
+                    _each([file.get(*at, "p")], ".4f"),
+                )
+            )
+    return Table(
+        "CLVQ-VAE against each rival",
+        "Differences in probability lost, paired by text, 95 % intervals over texts and seeds; p by sign flips, "
+        "Holm-adjusted over all pairs of methods.",
+        ("rows", "methods", "what", "difference", "p"),
+        tuple(rows),
+    )
+
+
+def _method(group: str) -> str:
+    """The method that a group of runs is of: runs are called `kmeans-seed=42`, their group by how the names begin."""
+    return group.partition("-seed")[0]
+
+
+def _compared(out: Path, evaluation: str) -> _File | None:
+    place = f"{evaluation}/ablation.json"
+    return _File(out, place) if (out / place).is_file() else None
+
+
+def _quality(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table:
+    site = upper if "." in upper else f"hidden.{upper}"
+    figures = {**_QUALITY, f"R² {site}": (f"r2 {site}", ".3f")}
+    rows: list[tuple[Field, ...]] = []
+    baselines: dict[str, tuple[Field, ...]] = {}
+    for name, file in _results(out, runs, "quality"):
+        at: tuple[str | int, ...] = ("seeds", 0) if file.content["seeds"] else ("lines", 0)
+        rows.append((Field(name), *(file.estimate(*at, "figures", key, form=form) for key, form in figures.values())))
+        for place, line in enumerate(file.content["lines"]):
+            if line["method"] is None:
+                found = [file.estimate("lines", place, "figures", key, form=form) for key, form in figures.values()]
+                baselines.setdefault(line["name"], (Field(line["name"]), *found))
+    return Table(
+        "What concepts tell",
+        "Means over seeds with 95 % intervals (Student's t; of one seed, over texts). Below the methods, "
+        "baselines: those of the first method that has one of the name.",
+        ("concepts", *figures),
+        (*rows, *baselines.values()),
+    )
+
+
+def _rationales(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
+    rows: list[tuple[Field, ...]] = []
+    baselines: dict[str, tuple[Field, ...]] = {}
+    for name, file in _results(out, runs, "quality"):
+        overlap = file.content["overlap"]
+        for place, line in enumerate([] if overlap is None else overlap["lines"]):
+            at = ("overlap", "lines", place, "found")
+            fields = tuple(file.estimate(*at, key, form=".3f") for key in _OVERLAP.values())
+            if line["name"] in runs[name]:
+                rows.append((Field(line["name"]), *fields))
+            else:
+                baselines.setdefault(line["name"], (Field(line["name"]), *fields))
+    return Table(
+        "Rows that concepts point to, against human rationales",
+        "Means over texts with 95 % intervals. Below the runs, baselines.",
+        ("rows by", *_OVERLAP),
+        (*rows, *baselines.values()),
+    )
+
+
+def _failures(out: Path) -> Table:
+    rows = []
+    for path in sorted((out / "cells").rglob("*.json")):
+        file = _File(out, path.relative_to(out).as_posix())
+        if file.content["state"] != "done":
+            rows.append(tuple(Field(str(file.content[key] or NOTHING)) for key in ("name", "state", "error")))
+    return Table(
+        "Not done", "Cells that failed, were stopped, or could not begin.", ("cell", "state", "why"), tuple(rows)
+    )
+
+
+def _results(out: Path, runs: Mapping[str, Sequence[str]], evaluation: str) -> Iterable[tuple[str, _File]]:
+    """Method and file of each that is there."""
+    for name, own in runs.items():
+        place = (
+            f"quality/{name}/quality.json"
+            if evaluation == "quality"
+            else f"ablations/{name}/{evaluation}/ablation.json"
+        )
+        if own and (out / place).is_file():
+            yield name, _File(out, place)
+
+
+def _clean(file: _File) -> tuple[str | int, ...] | None:
+    """Where the line of the unchanged vectors stands."""
+    for place, line in enumerate(file.content["lines"]):
+        if line["removal"] is None:
+            return ("lines", place)
+    return None
+
+
+def _lines_of(file: _File, removal: str) -> dict[str, tuple[str | int, ...]]:
+    """What is removed → where its line stands: of all seeds together, or of the single run."""
+    for table in ("groups", "lines"):
+        found: dict[str, tuple[str | int, ...]] = {
+            line["removed"]: (table, place)
+            for place, line in enumerate(file.content[table])
+            if line["removal"] == removal and line["strength"] == 1
+        }
+        if found:
+            return found
+    return {}
+
+
+def _each(sources: Sequence[Source], form: str) -> Field:
+    """One figure for each source; one alone where all are shown alike."""
+    texts = [_shown(source.value, form) for source in sources]
+    if set(texts) == {NOTHING}:
+        return Field(NOTHING)
+    return Field(texts[0] if len(set(texts)) == 1 else ", ".join(texts), tuple(sources))
+
+
+def _together(sources: Sequence[Source], form: str) -> Field:
+    return Field(" + ".join(_shown(source.value, form) for source in sources), tuple(sources))
+
+
+def _shown(value: Any, form: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return NOTHING
+    return value if isinstance(value, str) else f"{value:{form}}"
+
+
+def _yes(value: bool | None) -> str:
+    return "one epoch" if value is None else "yes" if value else "no"
+
+
+def _markdown(table: Table) -> Iterable[str]:
+    escape: Callable[[str], str] = lambda text: text.replace("|", "\\|")  # noqa: E731
+    yield from (f"## {table.title}", "", table.about, "")
+    yield f"| {' | '.join(map(escape, table.columns))} |"
+    yield f"|{'---|' * len(table.columns)}"
+    for row in table.rows:
+        yield f"| {' | '.join(escape(field.text) for field in row)} |"
+    yield ""
