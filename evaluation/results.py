@@ -64,7 +64,7 @@ def stored_result(
         return None
     if not force:
         raise ResumeMismatch(
-            f"{out} holds a {what} with other settings ({'; '.join(lines[:6])}): give another --out, or --force"
+            f"{out} holds {what} results with other settings ({'; '.join(lines[:6])}): give another --out, or --force"
         )
     return None
 
