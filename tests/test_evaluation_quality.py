@@ -345,7 +345,7 @@ def test_the_same_again_is_read_back_and_another_is_refused(worded: Worded, run:
     before = (out / "quality.json").stat().st_mtime_ns
     assert same(measure(worded, {"run": run}, out), first)
     assert (out / "quality.json").stat().st_mtime_ns == before
-    with pytest.raises(ResumeMismatch, match=r"holds quality results with other settings \(config.seed: 0 there, 3 now\)"):
+    with pytest.raises(ResumeMismatch, match=r"quality results with other settings \(config.seed: 0 there, 3 now\)"):
         measure(worded, {"run": run}, out, seed=3)
     forced = quality(worded.cache, {"run": run}, out, QualityConfig(seed=3), force=True)
     assert same(measure(worded, {"run": run}, out, seed=3), forced)
