@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .cache.reader import Cache
     from .evaluation.compare import Compared, OverSeeds
     from .trainer.methods import PlainConfig, TrainedConfig
+    from .trainer.sae_lens import ForeignSae
     from .trainer.sweep import Member
 
 SWEEP = "sweep.json"
@@ -46,6 +47,14 @@ def train(
     ] = "clvq-vae",
     preset: Annotated[str, typer.Option(help="default, or paper for the published clvq-vae or vq-vae.")] = "default",
     codes: Annotated[int | None, typer.Option(min=2, help="Number of concepts; else 400, or 4,096 latents.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Folder of a sparse autoencoder that sae-lens saved, taken as it is instead of training one; with "
+            "--method sae or cross-sae.",
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Splits to train on; else train, or the only one there is.")] = "",
     held_out: Annotated[str | None, typer.Option(help="Split to measure on; else a seeded 10 % of the texts.")] = None,
     config: Annotated[
@@ -79,7 +88,7 @@ def train(
     """Train concepts from a cache: CLVQ-VAE or a rival, or many of them (--sweep, --seeds). Run again to resume."""
     from .cache.sharing.remote import open_cache
     from .trainer.config import with_overrides
-    from .trainer.methods import method_config
+    from .trainer.methods import SaeConfig, method_config
 
     together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     many = bool(sweep) or seeds > 1
@@ -91,7 +100,13 @@ def train(
         raise ConfigError("--jobs is for several runs: give --sweep or --seeds too")
     if threads is not None:
         set_threads(threads)
+    if source is not None and many:
+        raise ConfigError("--from takes one autoencoder as it is: leave --sweep and --seeds out")
     opened = open_cache(cache)
+    foreign = None
+    if source is not None:
+        foreign = _foreign(source, opened, method, lower, upper, codes)
+        codes = foreign.latents
     resolved = method_config(
         method,
         preset=preset,
@@ -103,9 +118,11 @@ def train(
         held_out=held_out,
         seed=seed,
     )
+    if foreign is not None and isinstance(resolved, SaeConfig):
+        resolved = foreign.settings(resolved)
     resolved = with_overrides(resolved, {**settings_file(config), **assignments(settings or [])})
     if not many:
-        _train(opened, resolved, out, device, shared, tensorboard=tensorboard, force=force, as_json=as_json)
+        _train(opened, resolved, out, device, shared, foreign, tensorboard=tensorboard, force=force, as_json=as_json)
         return
     where = device_of(device)
     if where.type == "cpu":
@@ -122,12 +139,24 @@ def train(
     _sweep(opened, resolved, out, base, where, sweep or [], seeds=seeds, jobs=jobs, threads=threads, as_json=as_json)
 
 
+def _foreign(folder: Path, cache: "Cache", method: str, lower: str, upper: str, codes: int | None) -> "ForeignSae":
+    from .trainer.sae_lens import read
+
+    found = read(folder, d_lower=cache.width(cache.site(lower)), d_upper=cache.width(cache.site(upper)))
+    if method != found.method:
+        raise ConfigError(f"--from {folder} is of --method {found.method}, and {method} is asked for")
+    if codes not in (None, found.latents):
+        raise ConfigError(f"--from {folder} has {found.latents} latents, and --codes {codes} is asked for")
+    return found
+
+
 def _train(
     cache: "Cache",
     config: "TrainedConfig | PlainConfig",
     out: Path,
     device: str,
     shared: Path | None,
+    foreign: "ForeignSae | None",
     *,
     tensorboard: bool,
     force: bool,
@@ -140,7 +169,15 @@ def _train(
         _stop_when_input_ends()
     with ranks.process_group(device_of(device)) as where, progress_bars(shown=ranks.number() == 0) as progress:
         result = fit(
-            cache, config, out, device=where, progress=progress, force=force, tensorboard=tensorboard, shared=shared
+            cache,
+            config,
+            out,
+            device=where,
+            progress=progress,
+            force=force,
+            tensorboard=tensorboard,
+            shared=shared,
+            foreign=foreign,
         )
         first = ranks.number() == 0
     if first:

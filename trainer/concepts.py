@@ -53,8 +53,8 @@ class Measured:
     """Each row's concept."""
     predicted: dict[str, Float[Tensor, "row d_target"]] = field(default_factory=dict)
     """Name of a figure → the target rows as predicted, in raw coordinates."""
-    active: Float[Tensor, ""] | None = None
-    """Sum over rows of the latents that are active."""
+    active: Int64[Tensor, " latent"] | None = None
+    """Rows on which each latent is active."""
 
 
 class ConceptModel(nn.Module):

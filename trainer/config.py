@@ -205,6 +205,24 @@ class TrainConfig(MethodConfig):
         return self.fit.held_out_share
 
 
+# How all but the published method read, and how they learn where they do.
+READING = StreamConfig(
+    texts_per_batch=512,
+    slots_per_batch=2048,
+    pool_bytes=POOL_BYTES,
+    precision="float32",
+    held_out_share=0.1,
+    checkpoint_minutes=10,
+)
+DESCENT = OptimizerConfig(
+    name="adamw", lr=1e-3, weight_decay=1e-2, schedule="linear", plateau_factor=0.5, plateau_patience=0
+)
+
+
+def _fit(epochs: int) -> FitConfig:
+    return FitConfig(epochs=epochs, patience=epochs, **dict(READING))
+
+
 def _paper(codes: int) -> dict[str, Frozen]:
     return {
         # codebook_initialization.py, `spherical`.
@@ -250,19 +268,8 @@ def _default(codes: int) -> dict[str, Frozen]:
         "quantizer": FixedQuantizer(kind="fixed", codes=codes),
         "encoder": PredictorEncoder(kind="predictor", expansion=4, blocks=2, dropout=0.2, epochs=8, rows_per_batch=512),
         "decoder": DecoderConfig(layers=2, heads=8, hidden=1024, dropout=0.0),
-        "optimizer": OptimizerConfig(
-            name="adamw", lr=1e-3, weight_decay=1e-2, schedule="linear", plateau_factor=0.5, plateau_patience=0
-        ),
-        "fit": FitConfig(
-            epochs=4,
-            patience=4,
-            texts_per_batch=512,
-            slots_per_batch=2048,
-            pool_bytes=POOL_BYTES,
-            precision="float32",
-            held_out_share=0.1,
-            checkpoint_minutes=10,
-        ),
+        "optimizer": DESCENT,
+        "fit": _fit(4),
     }
 
 
@@ -283,19 +290,8 @@ def _single(codes: int) -> dict[str, Frozen]:
         ),
         "encoder": AdaptiveEncoder(kind="adaptive", mix_start=0.2),
         "decoder": DecoderConfig(layers=2, heads=8, hidden=1024, dropout=0.0),
-        "optimizer": OptimizerConfig(
-            name="adamw", lr=1e-3, weight_decay=1e-2, schedule="linear", plateau_factor=0.5, plateau_patience=0
-        ),
-        "fit": FitConfig(
-            epochs=12,
-            patience=12,
-            texts_per_batch=512,
-            slots_per_batch=2048,
-            pool_bytes=POOL_BYTES,
-            precision="float32",
-            held_out_share=0.1,
-            checkpoint_minutes=10,
-        ),
+        "optimizer": DESCENT,
+        "fit": _fit(12),
     }
 
 

@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from ..errors import ConfigError
 from ..progress import SILENT, Progress
 from . import ranks
 from .build import build
+from .concepts import ConceptModel
 from .config import TrainConfig
 from .data import Texts, statistics, text_stream
 from .folder import CHECKPOINT, MODEL, REPORT, RunConfig, take_over
 from .methods import PlainConfig, SaeConfig, TrainedConfig
 from .plain import PlainModel
 from .report import write_results
+from .sae import SparseAutoencoder
+from .sae_lens import ForeignSae
 from .training import Training
 
 
@@ -47,6 +52,7 @@ def fit(
     force: bool = False,
     tensorboard: bool = False,
     shared: Path | None = None,
+    foreign: ForeignSae | None = None,
 ) -> FitResult:
     """Train a concept model, or go on where a former call with the same settings was stopped.
 
@@ -65,6 +71,8 @@ def fit(
         A file through which runs that differ only in what comes after the encoder (`sweep.Member.before_codes`) share
         what comes before: taken over where it is there, else written as soon as the encoder is ready. Where several
         processes train together it plays no part.
+    foreign
+        An autoencoder that was trained elsewhere; `config` is what its `settings` gives.
 
     Raises
     ------
@@ -93,11 +101,15 @@ def fit(
         torch.manual_seed(config.seed)
         model = build(config, d_lower=wanted.d_lower, d_upper=wanted.d_upper).to(device)
 
+    fill = _fill(model, cache, config, texts, foreign, device=device, progress=progress)
+    if fill is not None and ranks.count() > 1:
+        raise ConfigError(f"{config.method} is fitted by one process here: start it without torchrun")
+    if isinstance(config, SaeConfig) and config.source is not None and fill is None and not (out / MODEL).is_file():
+        raise ConfigError(f"source is {config.source[:12]}…, whose weights are not here: give them with --from")
+
     def run() -> None:
-        if isinstance(model, PlainModel):
-            if ranks.count() > 1:
-                raise ConfigError(f"{config.method} is fitted by one process: start it without torchrun")
-            _fit_plain(model, cache, config, texts, out, device=device, progress=progress)
+        if fill is not None:
+            _at_once(model, fill, cache, config, texts, out, device=device, progress=progress)
         elif isinstance(config, TrainConfig | SaeConfig):
             Training(
                 cache,
@@ -125,8 +137,30 @@ def fit(
     return FitResult(path=out, report=report, seconds=time.perf_counter() - began)
 
 
-def _fit_plain(
-    model: PlainModel,
+def _fill(
+    model: ConceptModel,
+    cache: Cache,
+    config: TrainedConfig | PlainConfig,
+    texts: Texts,
+    foreign: ForeignSae | None,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> Callable[[], None] | None:
+    """What makes a model that knows the training rows' statistics a finished one; `None` where epochs do."""
+    if isinstance(model, PlainModel):
+        return partial(model.fit, cache, texts, device=device, progress=progress)
+    if foreign is None:
+        return None
+    if not (isinstance(model, SparseAutoencoder) and isinstance(config, SaeConfig)):
+        raise ConfigError(f"{config.method} takes no autoencoder from elsewhere: use --method {foreign.method}")
+    foreign.check(config)
+    return partial(foreign.fill, model, cache, config, texts, progress=progress)
+
+
+def _at_once(
+    model: ConceptModel,
+    fill: Callable[[], None],
     cache: Cache,
     config: TrainedConfig | PlainConfig,
     texts: Texts,
@@ -140,7 +174,7 @@ def _fit_plain(
     found = statistics(cache, texts.train_rows(cache, config), sites, progress=progress)
     model.place(found[config.lower], found[config.upper])
     with torch.no_grad():
-        model.fit(cache, texts, device=device, progress=progress)
+        fill()
     write_results(
         model,
         cache,

@@ -4,9 +4,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from ..cache.pools import POOL_BYTES
 from ..errors import ConfigError
-from .config import Frozen, MethodConfig, OptimizerConfig, StreamConfig, TrainConfig, preset_config, wrong_setting
+from .config import (
+    DESCENT,
+    READING,
+    Frozen,
+    MethodConfig,
+    OptimizerConfig,
+    StreamConfig,
+    TrainConfig,
+    preset_config,
+    wrong_setting,
+)
 
 METHODS = ("clvq-vae", "vq-vae", "kmeans", "agglomerative", "sae", "cross-sae", "pca", "mean-difference")
 
@@ -54,6 +63,7 @@ class PcaConfig(_Plain):
     """Principal components of the lower rows, each with its two signs as two concepts."""
 
     method: Literal["pca"]
+    codes: int = Field(ge=2, multiple_of=2)
 
     @property
     def least_rows(self) -> int:
@@ -74,12 +84,15 @@ class SparseEncoder(Frozen):
     """A dictionary of latents of which few are active on a row."""
 
     kind: Literal["sparse"]
-    activation: Literal["topk", "batchtopk"]
+    activation: Literal["topk", "batchtopk", "relu", "jumprelu"]
     """`topk` keeps each row's largest (Gao et al. 2024), `batchtopk` the largest of all of a batch's rows (Bussmann et
-    al. 2024), and afterwards what lies above a fixed threshold."""
+    al. 2024), and afterwards what lies above a fixed threshold. `relu` keeps what is above 0, `jumprelu` what is above
+    each latent's threshold; both come from elsewhere only."""
+    normalization: Literal["site", "constant_norm_rescale", "layer_norm"]
+    """`site` centres rows and divides them by one number; the others, named as in sae-lens, look at each row alone."""
     latents: int = Field(ge=2)
     k: int = Field(ge=1)
-    """Active latents per row; with `batchtopk` on average."""
+    """Active latents per row; with `batchtopk` on average, with `relu` and `jumprelu` only how many are listed."""
     aux_k: int = Field(ge=0)
     """Dead latents that predict what the living ones leave over; 0 = none."""
     aux_weight: float = Field(ge=0)
@@ -93,6 +106,8 @@ class SaeConfig(MethodConfig):
     """A sparse autoencoder of the lower rows, or a sparse map of them to the upper rows."""
 
     method: Literal["sae", "cross-sae"]
+    source: str | None
+    """Which autoencoder (`ForeignSae.sha256`) where it comes from elsewhere and nothing is trained; else `None`."""
     encoder: SparseEncoder
     optimizer: OptimizerConfig
     fit: StreamConfig
@@ -181,7 +196,7 @@ def method_config(
     try:
         if method in ("sae", "cross-sae"):
             return SaeConfig.model_validate(common | _sparse(_LATENTS if codes is None else codes))
-        plain = common | {"codes": _CODES if codes is None else codes, "held_out_share": 0.1}
+        plain = common | {"codes": _CODES if codes is None else codes, "held_out_share": READING.held_out_share}
         if method == "kmeans":
             return KMeansConfig.model_validate(plain | {"spherical": False, "iterations": 300, "tolerance": 5e-4})
         if method == "agglomerative":
@@ -191,12 +206,14 @@ def method_config(
         raise ConfigError(wrong_setting(error)) from error
 
 
-def _sparse(latents: int) -> dict[str, Frozen]:
+def _sparse(latents: int) -> dict[str, Frozen | None]:
     return {
+        "source": None,
         # Gao et al. (2024): 1/32 of the loss of the dead latents' prediction.
         "encoder": SparseEncoder(
             kind="sparse",
             activation="topk",
+            normalization="site",
             latents=latents,
             k=min(32, latents),
             aux_k=256,
@@ -205,15 +222,6 @@ def _sparse(latents: int) -> dict[str, Frozen]:
             epochs=16,
             rows_per_batch=1024,
         ),
-        "optimizer": OptimizerConfig(
-            name="adam", lr=1e-3, weight_decay=0.0, schedule="linear", plateau_factor=0.5, plateau_patience=0
-        ),
-        "fit": StreamConfig(
-            texts_per_batch=512,
-            slots_per_batch=2048,
-            pool_bytes=POOL_BYTES,
-            precision="float32",
-            held_out_share=0.1,
-            checkpoint_minutes=10,
-        ),
+        "optimizer": DESCENT.model_copy(update={"name": "adam", "lr": 6e-3, "weight_decay": 0.0}),
+        "fit": READING,
     }

@@ -93,13 +93,12 @@ def _ward(cache: Cache, config: AgglomerativeConfig, texts: Texts, progress: Pro
 
 
 class Components(PlainModel):
-    """Principal components; a row's concept is the one on which it lies furthest out, in standard deviations.
+    """Principal components; a row's concept is the one that makes up most of its deviation from the mean.
 
     Concepts 2i and 2i + 1 are the two signs of component i; they share a direction.
     """
 
     components: Float[Tensor, "component d_lower"]
-    deviation: Float[Tensor, " component"]
 
     def __init__(self, config: PcaConfig, *, d_lower: int, d_upper: int) -> None:
         super().__init__(d_lower, d_upper)
@@ -109,7 +108,6 @@ class Components(PlainModel):
                 f"{config.lower} has {d_lower} channels, and so many components: use --codes {2 * d_lower} or fewer"
             )
         self.register_buffer("components", torch.zeros(config.codes // 2, d_lower))
-        self.register_buffer("deviation", torch.ones(config.codes // 2))
 
     def fit(self, cache: Cache, texts: Texts, *, device: torch.device, progress: Progress) -> None:
         rows = texts.train_rows(cache, self.config)
@@ -121,17 +119,13 @@ class Components(PlainModel):
             wide = on_device(block[self.config.lower], device).double() - mean
             products += wide.T @ wide
             progress.advance(len(wide))
-        values, axes = torch.linalg.eigh(products / max(rows.rows, 1))
-        count = len(self.components)
-        values, axes = values.flip(0)[:count].clamp_min(0), axes.T.flip(0)[:count]
+        axes = torch.linalg.eigh(products)[1].T.flip(0)[: len(self.components)]
         # An axis has no sign of its own; without a rule, rounding would choose it.
         largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
         self.components.copy_(axes * largest.sign())
-        # On an axis without variance nothing lies.
-        self.deviation.copy_(torch.where(values > 0, values.sqrt(), torch.inf))
 
     def concept(self, lower: Float[Tensor, "row d_lower"]) -> Int64[Tensor, " row"]:
-        scores = (lower - self.lower_mean) @ self.components.T / self.deviation
+        scores = (lower - self.lower_mean) @ self.components.T
         furthest = scores.abs().argmax(dim=1)
         return 2 * furthest + (scores.gather(1, furthest[:, None])[:, 0] < 0)
 

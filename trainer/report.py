@@ -125,7 +125,7 @@ def _held_out(
 ) -> dict[str, float | int | None]:
     progress.begin("held-out figures", None, "text")
     own, fvu = Unexplained(model.upper_mean), Unexplained(model.target_mean(config))
-    indices, places, active = [], [], torch.zeros((), dtype=torch.float64, device=device)
+    indices, places, active = [], [], torch.zeros(config.concepts, dtype=torch.int64, device=device)
     for _, batch in batches(stream, config, device, progress=progress):
         measured = model.measure(batch)
         own.add(batch.upper[batch.mask], own_code_fvu=tables.upper_table[measured.index])
@@ -150,9 +150,11 @@ def _held_out(
     if isinstance(model, SparseAutoencoder):
         ranks.add_up(active)
         figures |= {
-            "l0": float(active) / max(len(index), 1),
-            "dead_latents_share": float((model.idle >= model.config.dead_after).double().mean()),
+            "l0": float(active.sum()) / max(len(index), 1),
+            "silent_latents_share": float((active == 0).double().mean()),
         }
+        if model.trained_here:
+            figures["dead_latents_share"] = float((model.idle >= model.config.dead_after).double().mean())
     counts = np.bincount(index.cpu().numpy(), minlength=config.concepts)
     return {**figures, "perplexity": perplexity(counts), "used_codes": int((counts > 0).sum())}
 

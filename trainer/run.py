@@ -22,7 +22,7 @@ from .concepts import ConceptModel
 from .folder import CONFIG, MODEL, NETWORK, REPORT, TABLES, RunConfig, read_config
 from .methods import PlainConfig, TrainedConfig
 from .report import Tables
-from .sae import SparseAutoencoder
+from .sae import SparseAutoencoder, SparseWeights
 
 _ROWS_AT_A_TIME = 8192
 
@@ -153,6 +153,16 @@ class Run:
             Where the method has no latents.
         """
         return self._latents().encoder_directions().cpu().numpy()
+
+    def sparse_weights(self) -> SparseWeights:
+        """The sparse autoencoder in raw coordinates, in float64.
+
+        Raises
+        ------
+        ConfigError
+            Where the method has no latents.
+        """
+        return self._latents().weights()
 
     def _latents(self) -> SparseAutoencoder:
         if not isinstance(self._model, SparseAutoencoder):
