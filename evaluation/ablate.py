@@ -25,12 +25,10 @@ from .patched import CleanTexts, Forwards, read_clean
 from .probed import probed_texts, read_out_probe
 from .readouts import Asked, Removals, labels_of, read_out_model
 from .removal import Removal
-from .results import stored_result
+from .results import ABLATION_VERSION, stored_result
 from .rows import RowsChanged, TextRows, changed_rows, rows_by_text
 from .saliency import stored_salient_rows
 from .tables import Contrast, Curve, GroupLine, Line, ReadOut, Tables, common_texts, seed_groups, tabulate
-
-_VERSION = 2
 
 
 class AblateConfig(BaseModel):
@@ -145,7 +143,7 @@ def ablate(
         raise ConfigError("each concept by itself is removed by the model read-out alone: add model to --read-out")
     weights = {name: sha256_of(path / "model.safetensors") for name, path in sorted(runs.items())}
     settings = {
-        "version": _VERSION,
+        "version": ABLATION_VERSION,
         "cache_id": cache.id,
         "runs": weights,
         "config": config.model_dump(mode="json"),

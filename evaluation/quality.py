@@ -27,12 +27,11 @@ from .information import effective_numbers, pairs_of
 from .overlap import FIRST, RANDOM, WORDS, OverlapResult, overlap
 from .partitions import LABEL, TAG, WORD, Partition, Sides, choose_texts, partitions_of, read_sides
 from .rationales import marked_rows
-from .results import plain, stored_result
+from .results import QUALITY_VERSION, plain, stored_result
 from .tagging import Tagger
 
 RESULT = "quality.json"
 PER_CONCEPT = "concepts.parquet"
-_VERSION = 1
 
 
 class QualityConfig(BaseModel):
@@ -125,7 +124,7 @@ def quality(
     for run in loaded.values():
         run.check_cache(cache)
     settings = {
-        "version": _VERSION,
+        "version": QUALITY_VERSION,
         "cache_id": cache.id,
         # The first is compared with the others.
         "order": list(runs),

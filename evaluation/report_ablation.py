@@ -12,9 +12,7 @@ from .report_document import (
 )
 from .report_files import Node
 from .report_runs import computed
-
-VERSION = 2
-"""Of the `ablation.json` that is read."""
+from .results import ABLATION_VERSION
 
 OWN, MATCHED, NOTHING = "own code", "matched code", "nothing"
 _LOST = "+.3f"
@@ -179,9 +177,9 @@ def read_ablation(folder: str, root: Node) -> Ablation:
         Where another version of clvq wrote it.
     """
     version = root.at("settings").find("version")
-    if version is None or version.value != VERSION:
+    if version is None or version.value != ABLATION_VERSION:
         raise FormatVersion(
-            f"it is of format version {None if version is None else version.value!r}, and {VERSION} is read: "
+            f"it is of format version {None if version is None else version.value!r}, and {ABLATION_VERSION} is read: "
             "run `clvq ablate` again"
         )
     settings, origin = root.at("settings"), root.find("provenance")

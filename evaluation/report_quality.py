@@ -10,9 +10,7 @@ import pyarrow.parquet as pq
 from ..errors import DataError, FormatVersion
 from .report_document import Chart, Measured, Number, Panel, Section, Series, Table, cell, distinct, listed, say, shown
 from .report_files import Node
-
-VERSION = 1
-"""Of the `quality.json` that is read."""
+from .results import QUALITY_VERSION
 
 _ATTRIBUTES = {"word": "word", "pos": "part of speech", "label": "label"}
 _AGREEMENT = ("purity", "coverage", "ami")
@@ -98,9 +96,9 @@ def read_quality(folder: str, root: Node) -> Quality:
     """
     settings = root.at("settings")
     version = settings.find("version")
-    if version is None or version.value != VERSION:
+    if version is None or version.value != QUALITY_VERSION:
         raise FormatVersion(
-            f"it is of format version {None if version is None else version.value!r}, and {VERSION} is read: "
+            f"it is of format version {None if version is None else version.value!r}, and {QUALITY_VERSION} is read: "
             "run `clvq quality` again"
         )
     runs = settings.at("runs").members()

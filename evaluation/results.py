@@ -15,6 +15,10 @@ from .bootstrap import Estimate
 
 Result = TypeVar("Result")
 
+# Of the files that hold results; a report reads these alone.
+ABLATION_VERSION = 2
+QUALITY_VERSION = 1
+
 
 def stored_result(
     kind: type[Result],

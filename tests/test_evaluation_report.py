@@ -719,13 +719,6 @@ def test_the_command_prints_one_line_for_what_is_left_out(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_the_versions_that_are_read_are_those_that_are_written(results: Path) -> None:
-    ablation = json.loads((results / "ablation" / "ablation.json").read_bytes())
-    measured = json.loads((results / "quality" / "quality.json").read_bytes())
-    assert ablation["settings"]["version"] == report_ablation.VERSION
-    assert measured["settings"]["version"] == report_quality.VERSION
-
-
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),

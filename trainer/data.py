@@ -7,14 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from ..cache.chosen import ChosenRows
-from ..cache.pools import POOL_BYTES
 from ..cache.reader import Cache
 from ..cache.statistics import SiteStatistics
 from ..cache.stream import TextStream
 from ..errors import ConfigError
 from ..progress import Progress
 from . import ranks
-from .config import MethodConfig
+from .config import READING, MethodConfig, StreamConfig
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ def text_stream(
     config: MethodConfig,
     side: Bool[np.ndarray, " text"],
     *,
-    texts_per_batch: int = 512,
-    slots_per_batch: int = 2_048,
-    pool_bytes: int = POOL_BYTES,
+    portions: StreamConfig = READING,
 ) -> TextStream:
     """This process' batches of whole texts of one side, with the vectors of both sites."""
     return TextStream(
@@ -86,9 +83,9 @@ def text_stream(
         side,
         special=config.special,
         seed=config.seed,
-        texts_per_batch=texts_per_batch,
-        slots_per_batch=slots_per_batch,
-        pool_bytes=pool_bytes,
+        texts_per_batch=portions.texts_per_batch,
+        slots_per_batch=portions.slots_per_batch,
+        pool_bytes=portions.pool_bytes,
         rank=ranks.number(),
         ranks=ranks.count(),
     )

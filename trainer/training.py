@@ -72,9 +72,8 @@ class Training:
         self.sites = tuple(dict.fromkeys([config.lower, config.upper]))
         self.row_epochs = 0 if isinstance(config.encoder, AdaptiveEncoder) else config.encoder.epochs
         self.train_texts, self.train_rows = int(texts.train.sum()), texts.train_rows(cache, config)
-        portions = config.fit.model_dump(include={"texts_per_batch", "slots_per_batch", "pool_bytes"})
         self.train_stream, self.held_out_stream = (
-            text_stream(cache, config, side, **portions) for side in (texts.train, texts.held_out)
+            text_stream(cache, config, side, portions=config.fit) for side in (texts.train, texts.held_out)
         )
         optimizer_class = torch.optim.Adam if config.optimizer.name == "adam" else torch.optim.AdamW
         optimizer = optimizer_class(
@@ -187,7 +186,7 @@ class Training:
         state, total = self.fitting.state, self.train_rows.rows
         stream = RowStream(
             self.cache,
-            self.sites,
+            tuple(dict.fromkeys([self.config.lower, self.config.target])),
             self.texts.train,
             special=self.config.special,
             seed=self.config.seed,
