@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from ..attention import without_cudnn_attention
 from ..errors import ConfigError, ModelError
 from .loading import DTYPES, DTypeName, Task, load_weights, loading_quietly
 from .source import ModelSource
@@ -251,7 +252,8 @@ class LanguageModel:
         with self._skipped(number):
             handle = self._blocks[number].register_forward_pre_hook(replace, with_kwargs=True)
             try:
-                return self._logits(ids, mask)
+                with without_cudnn_attention():
+                    return self._logits(ids, mask)
             finally:
                 handle.remove()
 

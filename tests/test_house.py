@@ -25,15 +25,16 @@ COMMAND = (
     "options",
     "terminal",
 )
-# Who may import whom; everyone may import errors and progress.
+# Everyone may import these.
+COMMON = ("attention", "errors", "progress")
+# Who may import whom.
 ALLOWED = {
     "cache": {"cache"},
     "pipeline": {"pipeline", "cache"},
     "trainer": {"trainer", "cache"},
     "evaluation": {"evaluation", "trainer", "cache", "pipeline.language_model"},
     "demo": {"cache", "pipeline", "trainer", "evaluation"},
-    "errors": set(),
-    "progress": set(),
+    **{name: set() for name in COMMON},
     "__init__": {"cache"},
 }
 
@@ -56,7 +57,7 @@ def test_a_part_imports_only_what_it_may(file: Path):
     if part in COMMAND:
         return
     for module in _imports(file):
-        if module in ("errors", "progress"):
+        if module in COMMON:
             continue
         assert any(module == name or module.startswith(f"{name}.") for name in ALLOWED[part]), module
 
@@ -87,7 +88,7 @@ def test_importing_the_package_loads_no_model_library_and_prints_nothing():
 
 def test_the_public_names_are_these():
     assert {name for name in vars(clvq) if not name.startswith("_")} - set(PARTS) <= {
-        "Cache", "ClvqError", "demo", "errors", "progress", *COMMAND,
+        "Cache", "ClvqError", "demo", *COMMON, *COMMAND,
     }  # fmt: skip
     assert {"Cache", "ClvqError", "__version__"} <= set(vars(clvq))
 

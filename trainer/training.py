@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32
 from pydantic import JsonValue
 from torch import Tensor
 
+from ..attention import without_cudnn_attention
 from ..cache.reader import Cache
 from ..cache.row_stream import RowBatch, RowStream
 from ..cache.stream import TextBatch
@@ -280,13 +281,17 @@ class Training:
 
     @contextmanager
     def _step_conditions(self) -> Iterator[None]:
-        """What dropout draws follows from the step's name, so that a checkpoint needs no generator's state."""
+        """How a step computes its losses.
+
+        What dropout draws follows from the step's name, so that a checkpoint needs no generator's state.
+        """
         state = self.fitting.state
         entropy = np.random.SeedSequence([self.config.seed, state.epoch, state.step, ranks.number()])
         low = self.config.fit.precision == "bfloat16"
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, torch.bfloat16, enabled=low),
+            without_cudnn_attention(),
         ):
             torch.manual_seed(int(entropy.generate_state(1)[0]))
             yield
