@@ -2,7 +2,7 @@
 
 A data set is the folder in DATA whose name ends with movies, jigsaw or ag_news; its classifiers are the folders in
 MODELS whose names end alike. A decoder is asked about every data set. A study that fails stops no other one; all other
-options go to each study.
+options go to each study. `OUT/results.md` shows the first table of each.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from study_tables import write_overview
 
 LOG = logging.getLogger("study")
 
@@ -79,7 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code >= 128:
             return code
         failed += code != 0
-    LOG.info("%d of %d studies are complete", len(found) - failed, len(found))
+    write_overview(given.out, [one.name for one in found])
+    LOG.info(
+        "%d of %d studies are complete; an overview is in %s",
+        len(found) - failed,
+        len(found),
+        given.out / "results.md",
+    )
     return 1 if failed else 0
 
 

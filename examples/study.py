@@ -27,17 +27,19 @@ from study_tables import write_tables
 EVALUATIONS: Mapping[str, Sequence[str]] = {
     # As published: a probe on one vector per text, and an uncentred projection.
     "published": ("--read-out", "probe", "--removal", "projection", "--rows-changed", "salient"),
-    # The model itself, and what is left when the common mean is not removed too.
-    "salient": ("--read-out", "model", "--removal", "centred", "--rows-changed", "salient"),
-    "all": ("--read-out", "model", "--removal", "centred", "--rows-changed", "all"),
     "quality": (),
 }
-"""Name → options of `clvq ablate` for each method; `quality` is a command of its own."""
-COMPARED: Mapping[str, Sequence[str]] = {
-    "compared-salient": (*EVALUATIONS["salient"], "--controls", "matched code"),
-    "compared-all": (*EVALUATIONS["all"], "--controls", "matched code", "--strengths", "0.25,0.5,1"),
+"""Name → options of `clvq ablate` for the runs of each method; `quality` is a command of its own."""
+_MODEL = ("--read-out", "model", "--removal", "centred")
+_CONTROLS = ("--controls", "matched code,same label")
+TOGETHER: Mapping[str, Sequence[str]] = {
+    # The model itself, and what is left when the common mean is not removed too.
+    "salient": (*_MODEL, *_CONTROLS, "--rows-changed", "salient"),
+    "all": (*_MODEL, *_CONTROLS, "--rows-changed", "all"),
+    # Methods remove different norms: what each does on the way there. Without controls, which would be two thirds.
+    "curves": (*_MODEL, "--controls", "", "--rows-changed", "all", "--strengths", "0.4,0.7,1"),
 }
-"""The same for the runs of all methods together, whose differences are then paired by text and at equal norm."""
+"""Name → options for the runs of all methods together, whose differences are then paired by text."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Study:
     answers: str | None = None
     chat: bool = False
     methods: tuple[str, ...] = tuple(METHODS)
-    evaluations: tuple[str, ...] = (*EVALUATIONS, *COMPARED)
+    evaluations: tuple[str, ...] = (*EVALUATIONS, *TOGETHER)
     seeds: int = 3
     seed: int = 42
     codes: int = 400
@@ -196,9 +198,9 @@ def cells_of(study: Study, texts: str) -> list[Cell]:
             command = partial(_evaluate, study, name, evaluation, folder)
             cells.append(Cell(str(folder), command, folder / file, needs))
     needs = tuple(f"train/{run}" for name in study.methods for run in study.run_names(name))
-    for evaluation in [one for one in study.evaluations if one in COMPARED]:
-        folder = Path(evaluation)
-        cells.append(Cell(evaluation, partial(_compare, study, evaluation), folder / "ablation.json", needs))
+    for evaluation in [one for one in study.evaluations if one in TOGETHER]:
+        folder = Path("ablations", evaluation)
+        cells.append(Cell(str(folder), partial(_together, study, evaluation, folder), folder / "ablation.json", needs))
     return cells
 
 
@@ -306,14 +308,14 @@ def _evaluate(study: Study, name: str, evaluation: str, folder: Path) -> list[st
     if evaluation == "quality":
         return ["quality", *command, *([] if study.rationale is None else ["--rationale", study.rationale])]
     options = list(EVALUATIONS[evaluation])
-    if METHODS[name].has_latents and "centred" in options:
-        options[options.index("centred")] = "centred,subspace"
+    if METHODS[name].has_latents:
+        # The second is what the paper's revision does to autoencoders.
+        options[options.index("projection")] = "projection,subspace"
     return ["ablate", *command, "--model", _at(study.model), *options]
 
 
-def _compare(study: Study, evaluation: str) -> list[str]:
-    command = _of_runs(study, study.methods, Path(evaluation))
-    return ["ablate", *command, "--model", _at(study.model), *COMPARED[evaluation]]
+def _together(study: Study, evaluation: str, folder: Path) -> list[str]:
+    return ["ablate", *_of_runs(study, study.methods, folder), "--model", _at(study.model), *TOGETHER[evaluation]]
 
 
 def _of_runs(study: Study, methods: Sequence[str], folder: Path) -> list[str]:
@@ -422,7 +424,7 @@ def _parse(
     study = Study(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "decoder"})
     for what, given, known_names in (
         ("method", study.methods, METHODS),
-        ("evaluation", study.evaluations, (*EVALUATIONS, *COMPARED)),
+        ("evaluation", study.evaluations, (*EVALUATIONS, *TOGETHER)),
     ):
         strange = [name for name in given if name not in known_names]
         if strange:

@@ -14,9 +14,13 @@ from study_cells import write_json
 from study_methods import METHODS, read_lines, still_falling
 
 NOTHING = "–"
+OVERVIEW = "At a glance"
+"""Title of a study's first table."""
 
 _CONTROLS = ("matched code", "matched random", "random code", "same label", "other label", "mean direction", "gaussian")
-_COMPARED = {"compared-salient": "most salient", "compared-all": "all"}
+_HONEST_CONTROLS = ("matched code", "same label")
+_TOGETHER = {"salient": "the most salient row", "all": "all rows"}
+_CURVES = "curves"
 _QUALITY = {
     "word purity": ("word purity", ".3f"),
     "label purity": ("label purity", ".3f"),
@@ -80,6 +84,13 @@ class _File:
             return Field(value, (parts[0],))
         return Field(f"{value} [{low}, {high}]", tuple(parts))
 
+    def middle(self, *at: str | int, form: str) -> Field:
+        """A value without its interval."""
+        found = self.get(*at).value
+        if not isinstance(found, dict):
+            return Field(NOTHING)
+        return _each([self.get(*at, "mean" if "mean" in found else "value")], form)
+
 
 def write_tables(out: Path) -> list[Table]:
     """Write `results.json` and `results.md` from what stands in a study's folder, and give the tables."""
@@ -94,23 +105,102 @@ def write_tables(out: Path) -> list[Table]:
         for name in methods
     }
     tables = [table for table in _tables(out, runs, study) if table.rows]
-    write_json(out / "results.json", {"study": study, "tables": [asdict(table) for table in tables]})
-    text = "\n".join(["# Results", "", *(line for table in tables for line in _markdown(table))])
+    plain = [asdict(table) for table in tables]
+    write_json(out / "results.json", {"study": study, "tables": plain})
+    text = "\n".join(["# Results", "", *(line for table in plain for line in _markdown(table))])
     (out / "results.md").write_text(text, encoding="utf-8")
     return tables
 
 
 def _tables(out: Path, runs: Mapping[str, Sequence[str]], study: Mapping[str, Any]) -> Iterable[Table]:
+    yield _overview(out, runs, study["upper"])
     yield _fits(out, runs)
     yield _budgets(out, runs)
     yield _published(out, runs)
-    for evaluation, which in (("salient", "the most salient row"), ("all", "all rows")):
-        yield _honest(out, runs, evaluation, which)
+    for evaluation, which in _TOGETHER.items():
+        yield _honest(out, evaluation, which)
     yield _equal_norm(out)
     yield _contrasts(out)
     yield _quality(out, runs, study["upper"])
     yield _rationales(out, runs)
     yield _failures(out)
+
+
+def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table:
+    published = dict(_results(out, runs, "published"))
+    quality = dict(_results(out, runs, "quality"))
+    together = {name: _together_file(out, name) for name in (*_TOGETHER, _CURVES)}
+    rows = []
+    for name in runs:
+        fields: list[Field] = []
+        file = published.get(name)
+        own = {} if file is None else _lines_of(file, "projection")
+        for removed in ("own code", "same label", "other label"):
+            at = own.get(removed)
+            fields.append(Field(NOTHING) if file is None or at is None else file.middle(*at, "accuracy", form=".3f"))
+        for evaluation, figures in (
+            ("salient", (("own code", "probability_lost"),)),
+            (
+                "all",
+                (
+                    ("own code", "probability_lost"),
+                    ("matched code", "own_minus_this"),
+                    ("same label", "own_minus_this"),
+                    ("own code", "norm_removed"),
+                ),
+            ),
+        ):
+            file = together[evaluation]
+            own = {} if file is None else _methods_of(file).get(name, {})
+            for removed, figure in figures:
+                at = own.get(removed)
+                if file is None or at is None:
+                    fields.append(Field(NOTHING))
+                elif figure == "norm_removed":
+                    fields.append(file.middle(*at, figure, form=".0%"))
+                else:
+                    fields.append(file.estimate(*at, figure, form="+.3f"))
+        file = together[_CURVES]
+        curves = [] if file is None else file.content["curves"]
+        place = next((place for place, curve in enumerate(curves) if _method(curve["group"]) == name), None)
+        if file is None or place is None:
+            fields.append(Field(NOTHING))
+        else:
+            fields.append(file.estimate("curves", place, "at_common_norm", form="+.3f"))
+        file = quality.get(name)
+        for key in ("word purity", "label purity", _r2(upper)):
+            fields.append(Field(NOTHING) if file is None else file.middle(*_of_seeds(file), "figures", key, form=".2f"))
+        if any(field.sources for field in fields):
+            rows.append((Field(name), *fields))
+    return Table(
+        OVERVIEW,
+        "From the tables below, which say more. *Published*: accuracy of the probe when the text's own code, that of "
+        "another text of the same label, or of another label is projected out. *Salient*, *all*: probability that the "
+        "model loses with the own code taken out of the most salient row, of all rows; *− matched*, *− same label*: "
+        "that less what a code of like norm and cosine costs, or the code of another text of the same label; *norm*: "
+        "how much was removed from all rows. *Equal norm*: probability lost where all methods have removed as much. "
+        "*R²*: of the upper rows, by concepts.",
+        (
+            *("method", "published: own", "same label", "other label", "salient: own"),
+            *("all: own", "− matched", "− same label", "norm", "equal norm"),
+            *("word purity", "label purity", f"R² {_site(upper)}"),
+        ),
+        tuple(rows),
+    )
+
+
+def _site(name: str) -> str:
+    return name if "." in name else f"hidden.{name}"
+
+
+def _r2(upper: str) -> str:
+    """What `clvq quality` calls the share of the upper rows that concepts explain."""
+    return f"r2 {_site(upper)}"
+
+
+def _of_seeds(file: _File) -> tuple[str | int, ...]:
+    """Where the figures of a method stand in its `quality.json`."""
+    return ("seeds", 0) if file.content["seeds"] else ("lines", 0)
 
 
 def _fits(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
@@ -176,61 +266,62 @@ def _published(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
     rows = []
     for name, file in _results(out, runs, "published"):
         clean = _clean(file)
-        own = _lines_of(file, "projection")
-        if clean is None or "own code" not in own:
-            continue
-        controls = [own.get(control) for control in _CONTROLS]
-        rows.append(
-            (
-                Field(name),
-                file.estimate(*clean, "accuracy", form=".3f"),
-                file.estimate(*own["own code"], "accuracy", form=".3f"),
-                *(Field(NOTHING) if at is None else file.estimate(*at, "accuracy", form=".3f") for at in controls),
-                file.estimate(*own["own code"], "norm_removed", form=".1%"),
+        for removal, shown in (("projection", name), ("subspace", f"{name}, subspace")):
+            own = _lines_of(file, removal)
+            if clean is None or "own code" not in own:
+                continue
+            controls = [own.get(control) for control in _CONTROLS]
+            rows.append(
+                (
+                    Field(shown),
+                    file.estimate(*clean, "accuracy", form=".3f"),
+                    file.estimate(*own["own code"], "accuracy", form=".3f"),
+                    *(Field(NOTHING) if at is None else file.estimate(*at, "accuracy", form=".3f") for at in controls),
+                    file.estimate(*own["own code"], "norm_removed", form=".1%"),
+                )
             )
-        )
     return Table(
         "As published: accuracy of a probe after an uncentred projection",
         "Of the most salient row's concept, on one vector per text. Accuracy below chance is a class turned round "
-        "by the common mean, no evidence of a removed concept.",
+        "by the common mean, no evidence of a removed concept. *Subspace*: of a sparse autoencoder, that of its active "
+        "latents' encoder vectors, as in the paper's revision.",
         ("method", "nothing removed", "own code", *_CONTROLS, "norm removed"),
         tuple(rows),
     )
 
 
-def _honest(out: Path, runs: Mapping[str, Sequence[str]], evaluation: str, which: str) -> Table:
+def _honest(out: Path, evaluation: str, which: str) -> Table:
     rows = []
-    for name, file in _results(out, runs, evaluation):
-        clean = _clean(file)
-        for removal in ("centred", "subspace"):
-            own = _lines_of(file, removal)
-            if "own code" not in own:
-                continue
-            at = own["own code"]
-            controls = [own.get(control) for control in _CONTROLS]
-            rows.append(
-                (
-                    Field(name),
-                    Field(removal),
-                    Field(NOTHING) if clean is None else file.estimate(*clean, "accuracy", form=".3f"),
-                    file.estimate(*at, "accuracy", form=".3f"),
-                    file.estimate(*at, "flipped", form=".1%"),
-                    file.estimate(*at, "probability_lost", form="+.3f"),
-                    file.estimate(*at, "norm_removed", form=".1%"),
-                    *(
-                        Field(NOTHING) if at is None else file.estimate(*at, "own_minus_this", form="+.3f")
-                        for at in controls
-                    ),
-                )
+    file = _together_file(out, evaluation)
+    for name, own in ({} if file is None else _methods_of(file)).items():
+        if file is None or "own code" not in own:
+            continue
+        at = own["own code"]
+        rows.append(
+            (
+                Field(name),
+                file.estimate(*at, "accuracy", form=".3f"),
+                file.estimate(*at, "flipped", form=".1%"),
+                file.estimate(*at, "probability_lost", form="+.3f"),
+                file.estimate(*at, "norm_removed", form=".1%"),
+                *(
+                    file.estimate(*own[control], "own_minus_this", form="+.3f") if control in own else Field(NOTHING)
+                    for control in _HONEST_CONTROLS
+                ),
             )
+        )
+    if file is not None and rows:
+        clean = _clean(file)
+        before = Field(NOTHING) if clean is None else file.estimate(*clean, "accuracy", form=".3f")
+        rows.insert(0, (Field("nothing removed"), before, *[Field(NOTHING)] * (3 + len(_HONEST_CONTROLS))))
     return Table(
         f"The model itself, concepts removed from {which}",
         "Centred removal at the lower site; the model's own upper blocks and head are run. *own − …*: probability lost "
         "by the own code less that lost by a control, paired by text; a control is beaten where the interval lies "
-        "above 0.",
+        "above 0. *Same label*: the code of another text of the same label.",
         (
-            *("method", "removal", "accuracy before", "after", "flipped", "probability lost", "norm removed"),
-            *(f"own − {control}" for control in _CONTROLS),
+            *("method", "accuracy", "flipped", "probability lost", "norm removed"),
+            *(f"own − {control}" for control in _HONEST_CONTROLS),
         ),
         tuple(rows),
     )
@@ -238,45 +329,56 @@ def _honest(out: Path, runs: Mapping[str, Sequence[str]], evaluation: str, which
 
 def _equal_norm(out: Path) -> Table:
     rows: list[tuple[Field, ...]] = []
-    for evaluation, which in _COMPARED.items():
-        file = _compared(out, evaluation)
+    file = _together_file(out, _CURVES)
+    for place, curve in enumerate([] if file is None else file.content["curves"]):
         if file is None:
             continue
-        for place, curve in enumerate(file.content["curves"]):
-            at = ("curves", place)
-            last = len(curve["strengths"]) - 1
-            rows.append(
-                (
-                    Field(which),
-                    Field(_method(curve["group"])),
-                    Field(curve["removed"]),
-                    file.estimate(*at, "norm_removed", last, form=".1%"),
-                    file.estimate(*at, "probability_lost", last, form="+.4f"),
-                    _each([file.get(*at, "common_norm")], ".1%"),
-                    file.estimate(*at, "at_common_norm", form="+.4f"),
-                    file.estimate(*at, "mean_to_common_norm", form="+.4f"),
-                )
+        at = ("curves", place)
+        points = [
+            f"{norm} → {lost}"
+            for norm, lost in zip(
+                *(
+                    [_shown(one["value"], form) for one in curve[name]]
+                    for name, form in (("norm_removed", ".0%"), ("probability_lost", "+.3f"))
+                ),
+                strict=True,
             )
+        ]
+        sources = [
+            file.get(*at, name, number, "value")
+            for number in range(len(points))
+            for name in ("norm_removed", "probability_lost")
+        ]
+        rows.append(
+            (
+                Field(_method(curve["group"])),
+                Field(", ".join(points), tuple(sources)),
+                _each([file.get(*at, "common_norm")], ".1%"),
+                file.estimate(*at, "at_common_norm", form="+.4f"),
+                file.estimate(*at, "mean_to_common_norm", form="+.4f"),
+            )
+        )
     return Table(
         "Methods at equal norm removed",
-        "Centred removal, all methods in one ablation. *Common norm*: the least that any method's own codes remove. "
-        "*At it* and *mean up to it*: probability lost on the curve of effect against norm, piecewise linear through "
-        "(0, 0); the mean is the area under it, divided by the norm.",
-        ("rows", "method", "removed", "norm removed", "probability lost", "common norm", "at it", "mean up to it"),
+        "Centred removal of own codes from all rows, at several strengths. *Curve*: norm removed → probability lost. "
+        "*Common norm*: the least that any method's own codes remove. *At it* and *mean up to it*: probability lost "
+        "on the curve, piecewise linear through (0, 0); the mean is the area under it, divided by the norm.",
+        ("method", "curve", "common norm", "at it", "mean up to it"),
         tuple(rows),
     )
 
 
 def _contrasts(out: Path) -> Table:
     rows: list[tuple[Field, ...]] = []
-    for evaluation, which in _COMPARED.items():
-        file = _compared(out, evaluation)
+    for evaluation, which in (*_TOGETHER.items(), (_CURVES, "all rows")):
+        file = _together_file(out, evaluation)
         if file is None:
             continue
         for place, contrast in enumerate(file.content["contrasts"]):
             at = ("contrasts", place)
             names = [_method(contrast[side]) for side in ("first", "second")]
-            if "clvq-vae" not in names:
+            # What is at full strength and one line through (0, 0) is not what happens at equal norm.
+            if "clvq-vae" not in names or ("equal norm" in contrast["what"]) != (evaluation == _CURVES):
                 continue
             rows.append(
                 (
@@ -301,18 +403,17 @@ def _method(group: str) -> str:
     return group.partition("-seed")[0]
 
 
-def _compared(out: Path, evaluation: str) -> _File | None:
-    place = f"{evaluation}/ablation.json"
+def _together_file(out: Path, evaluation: str) -> _File | None:
+    place = f"ablations/{evaluation}/ablation.json"
     return _File(out, place) if (out / place).is_file() else None
 
 
 def _quality(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table:
-    site = upper if "." in upper else f"hidden.{upper}"
-    figures = {**_QUALITY, f"R² {site}": (f"r2 {site}", ".3f")}
+    figures = {**_QUALITY, f"R² {_site(upper)}": (_r2(upper), ".3f")}
     rows: list[tuple[Field, ...]] = []
     baselines: dict[str, tuple[Field, ...]] = {}
     for name, file in _results(out, runs, "quality"):
-        at: tuple[str | int, ...] = ("seeds", 0) if file.content["seeds"] else ("lines", 0)
+        at = _of_seeds(file)
         rows.append((Field(name), *(file.estimate(*at, "figures", key, form=form) for key, form in figures.values())))
         for place, line in enumerate(file.content["lines"]):
             if line["method"] is None:
@@ -379,16 +480,18 @@ def _clean(file: _File) -> tuple[str | int, ...] | None:
 
 
 def _lines_of(file: _File, removal: str) -> dict[str, tuple[str | int, ...]]:
-    """What is removed → where its line stands: of all seeds together, or of the single run."""
-    for table in ("groups", "lines"):
-        found: dict[str, tuple[str | int, ...]] = {
-            line["removed"]: (table, place)
-            for place, line in enumerate(file.content[table])
-            if line["removal"] == removal and line["strength"] == 1
-        }
-        if found:
-            return found
-    return {}
+    """What is removed → where its line stands; of a file about one method."""
+    return next((own for own in _methods_of(file, removal).values()), {})
+
+
+def _methods_of(file: _File, removal: str = "centred") -> dict[str, dict[str, tuple[str | int, ...]]]:
+    """Method → what is removed, wholly → where its line stands: of all seeds together, or of the single run."""
+    found: dict[str, dict[str, tuple[str | int, ...]]] = {}
+    for table, key in (("lines", "run"), ("groups", "group")):
+        for place, line in enumerate(file.content[table]):
+            if line["removal"] == removal and line["strength"] == 1:
+                found.setdefault(_method(line[key]), {})[line["removed"]] = (table, place)
+    return found
 
 
 def _each(sources: Sequence[Source], form: str) -> Field:
@@ -413,11 +516,27 @@ def _yes(value: bool | None) -> str:
     return "one epoch" if value is None else "yes" if value else "no"
 
 
-def _markdown(table: Table) -> Iterable[str]:
+def write_overview(out: Path, studies: Iterable[str]) -> None:
+    """Write `results.md` into the folder of several studies: the first table of each, and where the others are."""
+    lines = ["# Results", ""]
+    about = ""
+    for name in studies:
+        file = out / name / "results.json"
+        tables = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.is_file() else []
+        for table in tables:
+            if table["title"] == OVERVIEW:
+                lines += [f"## {name}", "", f"[All tables]({name}/results.md)", "", *_grid(table), ""]
+                about = table["about"]
+    (out / "results.md").write_text("\n".join([*lines[:2], about, "", *lines[2:]]), encoding="utf-8")
+
+
+def _markdown(table: Mapping[str, Any]) -> Iterable[str]:
+    yield from (f"## {table['title']}", "", table["about"], "", *_grid(table), "")
+
+
+def _grid(table: Mapping[str, Any]) -> Iterable[str]:
     escape: Callable[[str], str] = lambda text: text.replace("|", "\\|")  # noqa: E731
-    yield from (f"## {table.title}", "", table.about, "")
-    yield f"| {' | '.join(map(escape, table.columns))} |"
-    yield f"|{'---|' * len(table.columns)}"
-    for row in table.rows:
-        yield f"| {' | '.join(escape(field.text) for field in row)} |"
-    yield ""
+    yield f"| {' | '.join(map(escape, table['columns']))} |"
+    yield f"|{'---|' * len(table['columns'])}"
+    for row in table["rows"]:
+        yield f"| {' | '.join(escape(field['text']) for field in row)} |"

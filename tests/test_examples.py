@@ -53,7 +53,7 @@ def small_study(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> An
         return run_study(folder / "out", model, data, *more)
 
     trained = go_on("--methods", "kmeans,pca,mean-difference", "--evaluations", "")
-    ablated = go_on("--methods", "kmeans", "--evaluations", "salient")
+    ablated = go_on("--methods", "kmeans", "--evaluations", "salient,curves,published")
     return folder / "out", go_on, (trained, ablated)
 
 
@@ -61,17 +61,17 @@ def test_every_method_and_seed_is_trained_and_one_ablated(small_study: Any) -> N
     out, _, (trained, ablated) = small_study
     assert (trained.returncode, ablated.returncode) == (0, 0), trained.stderr + ablated.stderr
     assert "7 of 7 cells are done" in trained.stderr
-    assert "4 of 4 cells are done" in ablated.stderr
+    assert "6 of 6 cells are done" in ablated.stderr
     for method in ("kmeans", "pca", "mean-difference"):
         for seed in (42, 43):
             run = Run.from_pretrained(out / "runs" / f"{method}-seed={seed}")
             assert (run.config.method, run.config.seed, run.config.held_out) == (method, seed, "dev")
             assert run.concepts == (3 if method == "mean-difference" else 6)
-    found = json.loads((out / "ablations/kmeans/salient/ablation.json").read_text())
+    found = json.loads((out / "ablations/salient/ablation.json").read_text())
     assert found["trained_texts"] == 0
     assert len(found["provenance"]["runs"]) == 2
     records = [json.loads(file.read_text()) for file in (out / "cells").rglob("*.json")]
-    assert len(records) == 8
+    assert len(records) == 10
     for record in records:
         assert record["state"] == "done"
         assert record["cpu_seconds"] > 0.1
@@ -81,11 +81,11 @@ def test_every_method_and_seed_is_trained_and_one_ablated(small_study: Any) -> N
 def test_every_number_of_the_tables_stands_in_a_file(small_study: Any) -> None:
     out, _, _ = small_study
     tables = json.loads((out / "results.json").read_text())["tables"]
-    assert [table["title"][:9] for table in tables] == ["Fits", "The model"]
+    assert [table["title"][:9] for table in tables] == ["At a glan", "Fits", "As publis", "The model", "Methods a"]
     numbers = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?%?")
     for table in tables:
         for row in table["rows"]:
-            for field in row[1 + (table["title"] != "Fits") :]:
+            for field in row[1:]:
                 values = []
                 for source in field["sources"]:
                     found = json.loads((out / source["file"]).read_text())
@@ -96,7 +96,9 @@ def test_every_number_of_the_tables_stands_in_a_file(small_study: Any) -> None:
                 shown = numbers.findall(field["text"])
                 assert len(shown) <= len(values)
                 assert all(any(_is_shown(text, value) for value in values) for text in shown), field
-    told = numbers.findall("".join(row for row in (out / "results.md").read_text().splitlines() if row[:1] == "|"))
+    lines = (out / "results.md").read_text().splitlines()
+    # The names of columns have numbers too.
+    told = numbers.findall("".join(line for line in lines if line[:1] == "|" and not line.startswith("| method")))
     fields = [field["text"] for table in tables for row in table["rows"] for field in row]
     assert sorted(told) == sorted(numbers.findall(" ".join(fields)))
 
@@ -311,3 +313,32 @@ def test_a_label_that_no_training_text_has_is_refused(example: Any, tiny_model: 
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": "a", "label": label}) + "\n")
     with pytest.raises(ConfigError, match="row 0 of dev has the label 'bad', which no training text has"):
         example("finetune").finetune(str(tiny_model("bert")), str(tmp_path), tmp_path / "out")
+
+
+def test_the_first_tables_of_several_studies_stand_in_one_file(small_study: Any, example: Any, tmp_path: Path) -> None:
+    out, _, _ = small_study
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "feelings").symlink_to(out)
+    example("study_tables").write_overview(tmp_path, ["feelings", "unfinished", "missing"])
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# Results", "## feelings"]
+    assert "[All tables](feelings/results.md)" in lines
+    (first, *_) = json.loads((out / "results.json").read_text())["tables"]
+    assert [line for line in lines if line.startswith("| ") and not line.startswith("| method")] == [
+        f"| {' | '.join(field['text'] for field in row)} |" for row in first["rows"]
+    ]
+    assert first["about"] in lines
+
+
+def test_an_autoencoder_loses_the_subspace_of_its_latents_too(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = example("study")
+    monkeypatch.setattr(module, "_finished", lambda *_: True)
+    wanted = module.Study(model="m", data="d", out=tmp_path, lower="1", upper="2", methods=("sae", "kmeans"))
+    cells = {cell.name: cell.command() for cell in module.cells_of(wanted, "") if cell.name.endswith("published")}
+    removals = {name: command[command.index("--removal") + 1] for name, command in cells.items()}
+    assert removals == {
+        "ablations/sae/published": "projection,subspace",
+        "ablations/kmeans/published": "projection",
+    }
