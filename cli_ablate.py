@@ -37,6 +37,9 @@ def ablate(
         str, typer.Option(help="Some of them, with commas between, or nothing; all where it is not given.")
     ] = "random code,matched code,matched random,same label,other label,mean direction,gaussian",
     strengths: Annotated[str, typer.Option(help="Shares of what is removed; several give curves: 0.25,0.5,1.")] = "1",
+    curves: Annotated[
+        str, typer.Option(help="What has the weaker strengths too: all, or own codes alone (own).")
+    ] = "all",
     rows_changed: Annotated[str, typer.Option(help="Rows that lose their concept: salient, cls or all.")] = "salient",
     saliency: Annotated[str, typer.Option(help="The salient row by gradient, or as stored in the cache.")] = "gradient",
     subspace_k: Annotated[
@@ -66,6 +69,7 @@ def ablate(
         removals=tuple(names(removal)),
         controls=tuple(names(controls)),
         strengths=tuple(names(strengths)),
+        curves=curves,
         rows_changed=rows_changed,
         saliency=saliency,
         subspace_k=subspace_k,
@@ -176,19 +180,20 @@ def _group_cells(line: "GroupLine") -> list[str]:
 
 
 def _print_curves(result: "AblateResult") -> None:
-    curves = [curve for curve in result.curves if len(curve.strengths) > 1]
-    if not curves:
+    strengths = max((curve.strengths for curve in result.curves), key=len, default=[])
+    if len(strengths) < 2:
         return
-    strengths = curves[0].strengths
     table = _table(
         [
             "runs", "read-out", "removal", "removed",
             *(f"lost at {strength:g}" for strength in strengths),
-            "norm at most", "common norm", "lost on the way there",
+            "norm at most", "common norm", "lost on the way there", "own code − this",
         ],
-        "probability lost by strength, and on the average up to a norm that all own codes remove",
+        "probability lost by strength, and on the average up to a norm that all own codes remove; own code − this: at "
+        "the smaller norm of the two",
     )  # fmt: skip
-    for curve in curves:
+    for curve in result.curves:
+        at = dict(zip(curve.strengths, curve.probability_lost, strict=True))
         if curve.removed == "own code":
             table.add_section()
         table.add_row(
@@ -196,10 +201,11 @@ def _print_curves(result: "AblateResult") -> None:
             curve.read_out,
             curve.removal,
             curve.removed,
-            *(f"{point.value:+.3f}" for point in curve.probability_lost),
+            *(f"{at[strength].value:+.3f}" if strength in at else "–" for strength in strengths),
             f"{curve.norm_removed[-1].value:.1%}",
             f"{curve.common_norm:.1%}",
             _interval(curve.mean_to_common_norm, "+.3f"),
+            _interval(curve.own_minus_this, "+.3f"),
         )
     put(table, whole=True)
 

@@ -44,6 +44,8 @@ class AblateConfig(BaseModel):
     """What the own code is compared with."""
     strengths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
     """Shares of the displacement that are taken away."""
+    curves: Literal["all", "own"] = "all"
+    """What is removed at the weaker strengths too: all, or all but controls."""
     rows_changed: RowsChanged = "salient"
     """Which rows lose their concept."""
     saliency: Literal["gradient", "stored"] = "gradient"
@@ -176,7 +178,7 @@ def _ablate(
     probe = "probe" in config.read_outs
     probed = probed_texts(cache, texts, config.rows_changed, cls_vectors=cls_vectors) if probe else []
     asked = [asked_of(cache, name, run, texts, removals[name], config) for name, run in runs.items()]
-    plan = Removals(removals, config.controls, tuple(sorted(config.strengths)), config.seed)
+    plan = Removals(removals, config.controls, tuple(sorted(config.strengths)), config.curves, config.seed)
     salient = stored_salient_rows(cache, texts, site) if config.saliency == "stored" else None
     found = _Found()
     if needs_model:

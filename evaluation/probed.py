@@ -111,7 +111,7 @@ def read_out_probe(
                 delta = displacements.of(subject)
                 there = np.array([taken.takes_part(subject, number) for number in whom.tolist()])
                 share = (delta.norm(dim=1) / hidden.norm(dim=1).clamp_min(1e-12)).double().numpy()
-                for strength in plan.strengths:
+                for strength in plan.strengths_of(subject):
                     after = probe((hidden - strength * delta).numpy())
                     outcomes[Condition(name, removal, subject, strength)].note(
                         whom[there], before[there], after[there], labels[whom[there]], strength * share[there]

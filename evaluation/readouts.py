@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,14 +51,20 @@ class Removals:
     """Removals of each run, by its name; see `removals_of`."""
     controls: tuple[Control, ...] = CONTROLS
     strengths: tuple[float, ...] = (1.0,)
+    curves: Literal["all", "own"] = "all"
+    """Whose weaker removals are done too: of all subjects, or of all but controls."""
     seed: int = 0
+
+    def strengths_of(self, subject: Subject) -> tuple[float, ...]:
+        """How strongly a subject is removed; weakest first."""
+        return self.strengths[-1:] if self.curves == "own" and subject in CONTROLS else self.strengths
 
     def conditions(self) -> Iterator[Condition]:
         """All conditions but `nothing`, in the order of the table."""
         for run, removals in self.removals.items():
             for removal in removals:
                 for subject in subjects_of(removal, self.controls):
-                    for strength in self.strengths:
+                    for strength in self.strengths_of(subject):
                         yield Condition(run, removal, subject, strength)
 
 
@@ -149,7 +156,7 @@ def read_out_model(
                 there = [taken.takes_part(subject, number) for number in batch.numbers]
                 part = np.flatnonzero(there)
                 share = _shares(vectors.hidden, delta, spots)
-                for strength in plan.strengths:
+                for strength in plan.strengths_of(subject):
                     asked_for = patched.ask(spots, delta, strength)
                     notes.append((Condition(name, removal, subject, strength), part, asked_for, strength * share))
         after = patched.answers(tickets, np.arange(len(numbers)))

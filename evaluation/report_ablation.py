@@ -75,6 +75,8 @@ class Curve:
     at_common: Measured | None
     to_common: Measured | None
     flipped_to_common: Measured | None
+    over: Measured | None
+    """The own code's curve above this one, where the shorter of the two ends."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def _curve(node: Node) -> Curve:
         at_common=node.measured("at_common_norm", _LOST),
         to_common=node.measured("mean_to_common_norm", _LOST),
         flipped_to_common=node.measured("mean_flipped_to_common_norm", ".3f"),
+        over=node.measured("own_minus_this", _LOST),
     )
 
 

@@ -222,21 +222,24 @@ def _curve_tables(study: Study) -> Iterator[Table]:
                     cell(curve.at_common),
                     cell(curve.to_common),
                     cell(curve.flipped_to_common),
+                    cell(curve.over),
                 )
             )
         columns = (
             "runs", "removed", *(f"lost at strength {strength:g}" for strength in strengths), "norm at most",
             "common norm", "lost at the common norm", "lost on the way there", "flipped on the way there",
+            "own code − this at equal norm",
         )  # fmt: skip
         caption = (
             f"Probability lost against norm removed: {_called(read_out, removal)}. The common norm is one that all own "
-            "codes remove; on the way there: the mean over all norms up to it"
+            "codes remove; on the way there: the mean over all norms up to it; own code − this: where the shorter of "
+            "the two curves ends"
         )
         yield Table(caption, columns, distinct(rows), heads=2)
 
 
 def _several(ablation: Ablation) -> list[Curve]:
-    return [curve for curve in ablation.curves if len(curve.strengths) > 1]
+    return list(ablation.curves) if any(len(curve.strengths) > 1 for curve in ablation.curves) else []
 
 
 def _contrast_tables(study: Study) -> Iterator[Table]:
@@ -345,7 +348,8 @@ def _curve_chart(study: Study) -> Chart | None:
         series: dict[tuple[str, ...], Series] = {}
         for ablation, curve in ((ablation, curve) for ablation, curves in found for curve in curves):
             points = [(x, y) for x, y in zip(curve.norm, curve.lost, strict=True) if x is not None and y is not None]
-            if curve.removed in (OWN, MATCHED) and points:
+            # A single point is no curve.
+            if curve.removed in (OWN, MATCHED) and len(points) > 1:
                 x, y = zip(*points, strict=True)
                 name = study.called(ablation, curve.group)
                 key = (name, curve.removed, *(point.cell.text for point in (*x, *y)))

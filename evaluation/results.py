@@ -16,7 +16,7 @@ from .bootstrap import Estimate
 Result = TypeVar("Result")
 
 # Of the files that hold results; a report reads these alone.
-ABLATION_VERSION = 2
+ABLATION_VERSION = 3
 QUALITY_VERSION = 1
 
 

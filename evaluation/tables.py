@@ -104,6 +104,9 @@ class Curve:
     mean_to_common_norm: Estimate | None
     """Probability lost on the average of all norms up to there; also `None` for a single strength."""
     mean_flipped_to_common_norm: Estimate | None
+    own_minus_this: Estimate | None
+    """For controls, where own codes have several strengths: probability lost by own codes less that lost by this, at
+    the smaller of the norms that the two remove at the largest strength."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,11 @@ class _View:
     ) -> None:
         self._read_out, self._removal, self._groups, self._seed = read_out, removal, groups, seed
         self._outcomes = {key: outcome for key, outcome in outcomes.items() if key.removal == removal}
-        self._strengths = sorted({key.strength for key in self._outcomes})
         self._subjects = list(dict.fromkeys(key.subject for key in self._outcomes))
+        self._strengths = {
+            subject: sorted({key.strength for key in self._outcomes if key.subject == subject})
+            for subject in self._subjects
+        }
 
     def _values(self, group: str, subject: Subject, strength: float, name: str) -> Float64[np.ndarray, "seed text"]:
         keys = [Condition(run, self._removal, subject, strength) for run in self._groups[group]]
@@ -271,7 +277,7 @@ class _View:
         """Lines of the groups of several seeds."""
         lines = []
         for group in (group for group, runs in self._groups.items() if len(runs) > 1):
-            conditions = [(subject, strength) for subject in self._subjects for strength in self._strengths]
+            conditions = [(subject, strength) for subject in self._subjects for strength in self._strengths[subject]]
             columns = []
             for subject, strength in conditions:
                 columns += [self._values(group, subject, strength, name) for name in _MEASURES]
@@ -304,7 +310,7 @@ class _View:
     def contrasts(self) -> list[Contrast]:
         """Each pair of groups, at the largest strength."""
         effects: dict[str, dict[str, Float64[np.ndarray, "seed text"]]] = {OWN_EFFECT: {}}
-        strongest = self._strengths[-1]
+        strongest = self._strengths[OWN][-1]
         for group in self._groups:
             own = self._values(group, OWN, strongest, "probability_lost")
             effects[OWN_EFFECT][group] = own
@@ -332,7 +338,11 @@ class _View:
         for group in self._groups:
             for subject in self._subjects:
                 values = np.stack(
-                    [self._values(group, subject, strength, name) for name in names for strength in self._strengths],
+                    [
+                        self._values(group, subject, strength, name)
+                        for name in names
+                        for strength in self._strengths[subject]
+                    ],
                     axis=-1,
                 )
                 middle = np.array([_mean(values[..., column]) for column in range(values.shape[-1])])
@@ -340,11 +350,11 @@ class _View:
                 again[group, subject] = np.split(resampled_over_seeds(values, seed=self._seed), len(names), axis=1)
         limit = np.array(min(means[group, OWN][0][-1] for group in self._groups))
         limits = np.min([again[group, OWN][0][:, -1] for group in self._groups], axis=0)
-        several = len(self._strengths) > 1
         curves = []
         at: dict[str, tuple[float, Float64[np.ndarray, " resample"]]] = {}
         for (group, subject), (norms, lost, flipped) in means.items():
             norms_again, lost_again, flipped_again = again[group, subject]
+            several = len(norms) > 1
             reached = bool(limit > 0 and norms[-1] >= limit * (1 - _ROUNDING))
             heights = (float(effect_at(norms, lost, limit)), effect_at(norms_again, lost_again, limits))
             areas = (float(mean_effect(norms, lost, limit)), mean_effect(norms_again, lost_again, limits))
@@ -361,7 +371,7 @@ class _View:
                     read_out=self._read_out,
                     removal=self._removal,
                     removed=subject,
-                    strengths=self._strengths,
+                    strengths=self._strengths[subject],
                     norm_removed=columns[0],
                     probability_lost=columns[1],
                     flipped=columns[2],
@@ -369,9 +379,14 @@ class _View:
                     at_common_norm=interval(*heights) if reached else None,
                     mean_to_common_norm=interval(*areas) if reached and several else None,
                     mean_flipped_to_common_norm=interval(*flips) if reached and several else None,
+                    own_minus_this=_over(
+                        means[group, OWN], again[group, OWN], means[group, subject], again[group, subject]
+                    )
+                    if subject != OWN and len(self._strengths[OWN]) > 1
+                    else None,
                 )
             )
-        what = UP_TO_EQUAL_NORM if several else AT_EQUAL_NORM
+        what = UP_TO_EQUAL_NORM if len(self._strengths[OWN]) > 1 else AT_EQUAL_NORM
         differences = [
             self._contrast(
                 first, second, what, interval(at[first][0] - at[second][0], at[first][1] - at[second][1]), None
@@ -382,6 +397,20 @@ class _View:
 
     def _contrast(self, first: str, second: str, what: str, difference: Estimate, p: float | None) -> Contrast:
         return Contrast(first, second, self._read_out, self._removal, what, difference, p)
+
+
+def _over(
+    own: Sequence[Float64[np.ndarray, " _own"]],
+    own_again: Sequence[Float64[np.ndarray, "resample _own"]],
+    this: Sequence[Float64[np.ndarray, " _this"]],
+    this_again: Sequence[Float64[np.ndarray, "resample _this"]],
+) -> Estimate:
+    """The own curve less another one where the shorter of the two ends; of each the norms, then the effects."""
+    gaps = []
+    for first, second in ((own, this), (own_again, this_again)):
+        limit = np.asarray(np.minimum(first[0][..., -1], second[0][..., -1]))
+        gaps.append(effect_at(first[0], first[1], limit) - effect_at(second[0], second[1], limit))
+    return interval(float(gaps[0]), gaps[1])
 
 
 def _mean(values: Float64[np.ndarray, "seed text"]) -> float:

@@ -30,14 +30,12 @@ EVALUATIONS: Mapping[str, Sequence[str]] = {
     "quality": (),
 }
 """Name → options of `clvq ablate` for the runs of each method; `quality` is a command of its own."""
-_MODEL = ("--read-out", "model", "--removal", "centred")
-_CONTROLS = ("--controls", "matched code,same label")
+# The model itself, and what is left when the common mean is not removed too.
+_MODEL = ("--read-out", "model", "--removal", "centred", "--controls", "matched code,same label")
 TOGETHER: Mapping[str, Sequence[str]] = {
-    # The model itself, and what is left when the common mean is not removed too.
-    "salient": (*_MODEL, *_CONTROLS, "--rows-changed", "salient"),
-    "all": (*_MODEL, *_CONTROLS, "--rows-changed", "all"),
-    # Methods remove different norms: what each does on the way there. Without controls, which would be two thirds.
-    "curves": (*_MODEL, "--controls", "", "--rows-changed", "all", "--strengths", "0.4,0.7,1"),
+    "salient": (*_MODEL, "--rows-changed", "salient"),
+    # Methods and codes of other texts remove other norms: what own codes do on the way there.
+    "all": (*_MODEL, "--rows-changed", "all", "--strengths", "0.4,0.7,1", "--curves", "own"),
 }
 """Name → options for the runs of all methods together, whose differences are then paired by text."""
 

@@ -20,7 +20,6 @@ OVERVIEW = "At a glance"
 _CONTROLS = ("matched code", "matched random", "random code", "same label", "other label", "mean direction", "gaussian")
 _HONEST_CONTROLS = ("matched code", "same label")
 _TOGETHER = {"salient": "the most salient row", "all": "all rows"}
-_CURVES = "curves"
 _QUALITY = {
     "word purity": ("word purity", ".3f"),
     "label purity": ("label purity", ".3f"),
@@ -129,7 +128,7 @@ def _tables(out: Path, runs: Mapping[str, Sequence[str]], study: Mapping[str, An
 def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table:
     published = dict(_results(out, runs, "published"))
     quality = dict(_results(out, runs, "quality"))
-    together = {name: _together_file(out, name) for name in (*_TOGETHER, _CURVES)}
+    salient, whole = (_together_file(out, name) for name in ("salient", "all"))
     rows = []
     for name in runs:
         fields: list[Field] = []
@@ -138,35 +137,17 @@ def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table
         for removed in ("own code", "same label", "other label"):
             at = own.get(removed)
             fields.append(Field(NOTHING) if file is None or at is None else file.middle(*at, "accuracy", form=".3f"))
-        for evaluation, figures in (
-            ("salient", (("own code", "probability_lost"),)),
-            (
-                "all",
-                (
-                    ("own code", "probability_lost"),
-                    ("matched code", "own_minus_this"),
-                    ("same label", "own_minus_this"),
-                    ("own code", "norm_removed"),
-                ),
-            ),
+        for file, removed, figure, form in (
+            (salient, "own code", "probability_lost", "+.3f"),
+            (whole, "own code", "probability_lost", "+.3f"),
+            (whole, "matched code", "own_minus_this", "+.3f"),
         ):
-            file = together[evaluation]
-            own = {} if file is None else _methods_of(file).get(name, {})
-            for removed, figure in figures:
-                at = own.get(removed)
-                if file is None or at is None:
-                    fields.append(Field(NOTHING))
-                elif figure == "norm_removed":
-                    fields.append(file.middle(*at, figure, form=".0%"))
-                else:
-                    fields.append(file.estimate(*at, figure, form="+.3f"))
-        file = together[_CURVES]
-        curves = [] if file is None else file.content["curves"]
-        place = next((place for place, curve in enumerate(curves) if _method(curve["group"]) == name), None)
-        if file is None or place is None:
-            fields.append(Field(NOTHING))
-        else:
-            fields.append(file.estimate("curves", place, "at_common_norm", form="+.3f"))
+            at = None if file is None else _methods_of(file).get(name, {}).get(removed)
+            fields.append(Field(NOTHING) if file is None or at is None else file.estimate(*at, figure, form=form))
+        curves = {} if whole is None else _curves_of(whole, name)
+        for removed, figure in (("same label", "own_minus_this"), ("own code", "at_common_norm")):
+            at = curves.get(removed)
+            fields.append(Field(NOTHING) if whole is None or at is None else whole.estimate(*at, figure, form="+.3f"))
         file = quality.get(name)
         for key in ("word purity", "label purity", _r2(upper)):
             fields.append(Field(NOTHING) if file is None else file.middle(*_of_seeds(file), "figures", key, form=".2f"))
@@ -176,13 +157,13 @@ def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table
         OVERVIEW,
         "From the tables below, which say more. *Published*: accuracy of the probe when the text's own code, that of "
         "another text of the same label, or of another label is projected out. *Salient*, *all*: probability that the "
-        "model loses with the own code taken out of the most salient row, of all rows; *− matched*, *− same label*: "
-        "that less what a code of like norm and cosine costs, or the code of another text of the same label; *norm*: "
-        "how much was removed from all rows. *Equal norm*: probability lost where all methods have removed as much. "
-        "*R²*: of the upper rows, by concepts.",
+        "model loses with the own code taken out of the most salient row, of all rows; *− matched*: that less what a "
+        "code of like norm and cosine costs; *− same label*: less what the code of another text of the same label "
+        "costs, where both have removed as much. *Equal norm*: probability lost where all methods have removed as "
+        "much. *R²*: of the upper rows, by concepts.",
         (
             *("method", "published: own", "same label", "other label", "salient: own"),
-            *("all: own", "− matched", "− same label", "norm", "equal norm"),
+            *("all: own", "− matched", "− same label", "equal norm"),
             *("word purity", "label purity", f"R² {_site(upper)}"),
         ),
         tuple(rows),
@@ -318,7 +299,7 @@ def _honest(out: Path, evaluation: str, which: str) -> Table:
         f"The model itself, concepts removed from {which}",
         "Centred removal at the lower site; the model's own upper blocks and head are run. *own − …*: probability lost "
         "by the own code less that lost by a control, paired by text; a control is beaten where the interval lies "
-        "above 0. *Same label*: the code of another text of the same label.",
+        "above 0. *Same label*: the code of another text of the same label, which removes less norm.",
         (
             *("method", "accuracy", "flipped", "probability lost", "norm removed"),
             *(f"own − {control}" for control in _HONEST_CONTROLS),
@@ -329,56 +310,59 @@ def _honest(out: Path, evaluation: str, which: str) -> Table:
 
 def _equal_norm(out: Path) -> Table:
     rows: list[tuple[Field, ...]] = []
-    file = _together_file(out, _CURVES)
-    for place, curve in enumerate([] if file is None else file.content["curves"]):
+    file = _together_file(out, "all")
+    for name in [] if file is None else dict.fromkeys(_method(curve["group"]) for curve in file.content["curves"]):
         if file is None:
             continue
-        at = ("curves", place)
-        points = [
-            f"{norm} → {lost}"
-            for norm, lost in zip(
-                *(
-                    [_shown(one["value"], form) for one in curve[name]]
-                    for name, form in (("norm_removed", ".0%"), ("probability_lost", "+.3f"))
-                ),
-                strict=True,
-            )
+        at = _curves_of(file, name)
+        own = at["own code"]
+        points = range(len(file.get(*own, "strengths").value))
+        parts = [
+            [file.get(*own, figure, point, "value") for figure in ("norm_removed", "probability_lost")]
+            for point in points
         ]
-        sources = [
-            file.get(*at, name, number, "value")
-            for number in range(len(points))
-            for name in ("norm_removed", "probability_lost")
+        shown = [f"{_shown(norm.value, '.0%')} → {_shown(lost.value, '+.3f')}" for norm, lost in parts]
+        fields = [
+            Field(name),
+            Field(", ".join(shown), tuple(source for part in parts for source in part)),
+            _each([file.get(*own, "common_norm")], ".1%"),
+            file.estimate(*own, "at_common_norm", form="+.4f"),
+            file.estimate(*own, "mean_to_common_norm", form="+.4f"),
         ]
-        rows.append(
-            (
-                Field(_method(curve["group"])),
-                Field(", ".join(points), tuple(sources)),
-                _each([file.get(*at, "common_norm")], ".1%"),
-                file.estimate(*at, "at_common_norm", form="+.4f"),
-                file.estimate(*at, "mean_to_common_norm", form="+.4f"),
-            )
-        )
+        if "same label" in at:
+            same = at["same label"]
+            fields += [
+                file.middle(*same, "norm_removed", 0, form=".1%"),
+                file.middle(*same, "probability_lost", 0, form="+.4f"),
+                file.estimate(*same, "own_minus_this", form="+.4f"),
+            ]
+        rows.append((*fields, *[Field(NOTHING)] * (8 - len(fields))))
     return Table(
-        "Methods at equal norm removed",
-        "Centred removal of own codes from all rows, at several strengths. *Curve*: norm removed → probability lost. "
+        "At equal norm removed",
+        "Centred removal from all rows. *Curve*: norm removed → probability lost, by own codes, at several strengths. "
         "*Common norm*: the least that any method's own codes remove. *At it* and *mean up to it*: probability lost "
-        "on the curve, piecewise linear through (0, 0); the mean is the area under it, divided by the norm.",
-        ("method", "curve", "common norm", "at it", "mean up to it"),
+        "on the curve, piecewise linear through (0, 0); the mean is the area under it, divided by the norm. *Same "
+        "label*: what the code of another text of the same label removes and costs; *own − same label*: the height of "
+        "the own curve at that norm, less that cost.",
+        (
+            *("method", "curve", "common norm", "at it", "mean up to it"),
+            *("same label: norm", "probability lost", "own − same label"),
+        ),
         tuple(rows),
     )
 
 
 def _contrasts(out: Path) -> Table:
     rows: list[tuple[Field, ...]] = []
-    for evaluation, which in (*_TOGETHER.items(), (_CURVES, "all rows")):
+    for evaluation, which in _TOGETHER.items():
         file = _together_file(out, evaluation)
         if file is None:
             continue
         for place, contrast in enumerate(file.content["contrasts"]):
             at = ("contrasts", place)
             names = [_method(contrast[side]) for side in ("first", "second")]
-            # What is at full strength and one line through (0, 0) is not what happens at equal norm.
-            if "clvq-vae" not in names or ("equal norm" in contrast["what"]) != (evaluation == _CURVES):
+            # At full strength alone the way there is unknown: effects rise late, so that a line from (0, 0) flatters.
+            if "clvq-vae" not in names or contrast["what"] == "own code at equal norm":
                 continue
             rows.append(
                 (
@@ -396,6 +380,15 @@ def _contrasts(out: Path) -> Table:
         ("rows", "methods", "what", "difference", "p"),
         tuple(rows),
     )
+
+
+def _curves_of(file: _File, name: str) -> dict[str, tuple[str | int, ...]]:
+    """What is removed → where the curve of a method stands."""
+    return {
+        curve["removed"]: ("curves", place)
+        for place, curve in enumerate(file.content["curves"])
+        if _method(curve["group"]) == name
+    }
 
 
 def _method(group: str) -> str:

@@ -1,7 +1,8 @@
 """Several runs and methods in one ablation: latents, seeds, curves, what is run once, what is left out."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,17 @@ def test_several_strengths_make_curves(study: Study, tmp_path: Path):
         line = next(line for line in result.lines if (line.run, line.removed, line.strength) == (run, what, 0.5))
         assert line.probability_lost.value == pytest.approx(lost[1])
         assert line.p is None
+        if what == "own code":
+            assert curve.own_minus_this is None
+        else:
+            mine = curves[run, "own code"]
+            own_norms, own_lost = (
+                [point.value for point in points] for points in (mine.norm_removed, mine.probability_lost)
+            )
+            # Neither control removes more than the own code.
+            height = np.interp(norms[-1], [0, *own_norms], [0, *own_lost])
+            assert curve.own_minus_this.value == pytest.approx(height - lost[-1], abs=1e-6)
+            assert curve.own_minus_this.low <= curve.own_minus_this.value <= curve.own_minus_this.high
         if norms[-1] < 0.99 * limit:
             # What removes less than all own codes do says nothing about that norm.
             assert curve.mean_to_common_norm is None
@@ -262,6 +274,31 @@ def test_several_strengths_make_curves(study: Study, tmp_path: Path):
     assert difference.difference.value == pytest.approx(areas[0] - areas[1])
     again = study.ablate(tmp_path, "km-seed=0", "sae", strengths=strengths, controls=("matched code", "gaussian"))
     assert str(again) == str(result)
+
+
+def test_controls_can_do_without_the_weaker_strengths(study: Study, tmp_path: Path):
+    settings = {"strengths": (0.5, 1.0), "controls": ("matched code", "gaussian"), "removals": ("centred", "mean")}
+    whole = study.ablate(tmp_path / "all", "km-seed=0", "km-seed=1", "sae", **settings)
+    own = study.ablate(tmp_path / "own", "km-seed=0", "km-seed=1", "sae", curves="own", **settings)
+    controls = {"matched code", "gaussian"}
+    for table in ("lines", "groups", "curves", "contrasts"):
+        assert getattr(own, table)
+    for table in ("lines", "groups"):
+        kept = [line for line in getattr(whole, table) if line.removed not in controls or line.strength == 1]
+        assert _without_p(getattr(own, table)) == _without_p(kept)
+        assert len(kept) < len(getattr(whole, table))
+    assert str(own.contrasts) == str(whole.contrasts)
+    for mine, other in zip(own.curves, whole.curves, strict=True):
+        if mine.removed in controls:
+            assert (mine.strengths, mine.mean_to_common_norm) == ([1.0], None)
+            assert mine.norm_removed[0].value == pytest.approx(other.norm_removed[-1].value)
+            assert mine.own_minus_this is not None
+        else:
+            assert mine == other
+
+
+def _without_p(lines: Sequence[Any]) -> str:
+    return str([replace(line, p=None) if hasattr(line, "p") else line for line in lines])
 
 
 def test_accuracy_is_put_between_the_clean_one_and_chance(study: Study, tmp_path: Path):

@@ -528,7 +528,7 @@ def test_hostile_names_are_shown_and_do_nothing(small: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("file", "old", "new", "why"),
     [
-        ("ablation/ablation.json", '"version": 2', '"version": 99', "it is of format version 99, and 2 is read"),
+        ("ablation/ablation.json", '"version": 3', '"version": 99', "it is of format version 99, and 3 is read"),
         ("ablation/ablation.json", '"lines": [', '"lines": ["x",', "should hold 'group'"),
         ("ablation/ablation.json", '"accuracy": {', '"accuracy": {"value": "high",', "damaged|should be a number"),
         ("ablation/ablation.json", "{", "", "it is damaged: "),

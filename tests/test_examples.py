@@ -53,7 +53,7 @@ def small_study(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> An
         return run_study(folder / "out", model, data, *more)
 
     trained = go_on("--methods", "kmeans,pca,mean-difference", "--evaluations", "")
-    ablated = go_on("--methods", "kmeans", "--evaluations", "salient,curves,published")
+    ablated = go_on("--methods", "kmeans", "--evaluations", "salient,all,published")
     return folder / "out", go_on, (trained, ablated)
 
 
@@ -81,7 +81,14 @@ def test_every_method_and_seed_is_trained_and_one_ablated(small_study: Any) -> N
 def test_every_number_of_the_tables_stands_in_a_file(small_study: Any) -> None:
     out, _, _ = small_study
     tables = json.loads((out / "results.json").read_text())["tables"]
-    assert [table["title"][:9] for table in tables] == ["At a glan", "Fits", "As publis", "The model", "Methods a"]
+    assert [table["title"][:9] for table in tables] == [
+        "At a glan",
+        "Fits",
+        "As publis",
+        "The model",
+        "The model",
+        "At equal ",
+    ]
     numbers = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?%?")
     for table in tables:
         for row in table["rows"]:
