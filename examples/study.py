@@ -188,6 +188,11 @@ def cells_of(study: Study, texts: str) -> list[Cell]:
             for number, run in enumerate(study.run_names(name))
         ]
         cells += runs
+    # The longest first.
+    needs = tuple(f"train/{run}" for name in study.methods for run in study.run_names(name))
+    for evaluation in [one for one in study.evaluations if one in TOGETHER]:
+        folder = Path("ablations", evaluation)
+        cells.append(Cell(str(folder), partial(_together, study, evaluation, folder), folder / "ablation.json", needs))
     for name in study.methods:
         needs = tuple(f"train/{run}" for run in study.run_names(name))
         for evaluation in [one for one in study.evaluations if one in EVALUATIONS]:
@@ -195,10 +200,6 @@ def cells_of(study: Study, texts: str) -> list[Cell]:
             file = "quality.json" if evaluation == "quality" else "ablation.json"
             command = partial(_evaluate, study, name, evaluation, folder)
             cells.append(Cell(str(folder), command, folder / file, needs))
-    needs = tuple(f"train/{run}" for name in study.methods for run in study.run_names(name))
-    for evaluation in [one for one in study.evaluations if one in TOGETHER]:
-        folder = Path("ablations", evaluation)
-        cells.append(Cell(str(folder), partial(_together, study, evaluation, folder), folder / "ablation.json", needs))
     return cells
 
 
