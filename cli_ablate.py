@@ -215,7 +215,7 @@ def _print_contrasts(result: "AblateResult") -> None:
         return
     table = _table(
         ["first", "second", "read-out", "removal", "probability lost by", "first − second", "p"],
-        "runs against each other, paired by text; at equal norm by linear interpolation from (0, 0)",
+        "runs against each other, paired by text; up to equal norm on the curves, piecewise linear from (0, 0)",
     )
     for line in result.contrasts:
         difference = _interval(line.difference, "+.3f")

@@ -20,7 +20,6 @@ from .significance import holm, sign_flip_p
 ReadOut = Literal["model", "probe"]
 OWN_EFFECT = "own code"
 OVER_MATCHED = "own code − matched code"
-AT_EQUAL_NORM = "own code at equal norm"
 UP_TO_EQUAL_NORM = "own code up to equal norm"
 
 _MEASURES = ("correct", "flipped", "norm_removed", "probability_lost")
@@ -78,8 +77,8 @@ class Contrast:
     read_out: ReadOut
     removal: Removal
     what: str
-    """Which probability lost: by the own code; that less the matched code's; by the own code at, or on the average up
-    to, the norm that all groups remove at least."""
+    """Which probability lost: by the own code; that less the matched code's; by the own code on the average up to the
+    norm that all groups remove at least."""
     difference: Estimate
     p: float | None
     """By sign flips of the texts, Holm-adjusted over the pairs of groups."""
@@ -100,9 +99,10 @@ class Curve:
     common_norm: float
     """The smallest mean norm that removing own codes removes in any group, at the largest strength."""
     at_common_norm: Estimate | None
-    """Probability lost there, by linear interpolation; `None` where the curve ends before."""
+    """Probability lost there, by linear interpolation; `None` where the curve ends before, and for a single strength:
+    effects rise late, so that a straight line from (0, 0) would flatter what removes much."""
     mean_to_common_norm: Estimate | None
-    """Probability lost on the average of all norms up to there; also `None` for a single strength."""
+    """Probability lost on the average of all norms up to there; `None` for the same reasons."""
     mean_flipped_to_common_norm: Estimate | None
     own_minus_this: Estimate | None
     """For controls, where own codes have several strengths: probability lost by own codes less that lost by this, at
@@ -359,8 +359,8 @@ class _View:
             heights = (float(effect_at(norms, lost, limit)), effect_at(norms_again, lost_again, limits))
             areas = (float(mean_effect(norms, lost, limit)), mean_effect(norms_again, lost_again, limits))
             flips = (float(mean_effect(norms, flipped, limit)), mean_effect(norms_again, flipped_again, limits))
-            if subject == OWN and reached:
-                at[group] = areas if several else heights
+            if subject == OWN and reached and several:
+                at[group] = areas
             columns = [
                 [interval(float(value), column) for value, column in zip(middle, samples.T, strict=True)]
                 for middle, samples in ((norms, norms_again), (lost, lost_again), (flipped, flipped_again))
@@ -376,7 +376,7 @@ class _View:
                     probability_lost=columns[1],
                     flipped=columns[2],
                     common_norm=float(limit),
-                    at_common_norm=interval(*heights) if reached else None,
+                    at_common_norm=interval(*heights) if reached and several else None,
                     mean_to_common_norm=interval(*areas) if reached and several else None,
                     mean_flipped_to_common_norm=interval(*flips) if reached and several else None,
                     own_minus_this=_over(
@@ -386,10 +386,11 @@ class _View:
                     else None,
                 )
             )
-        what = UP_TO_EQUAL_NORM if len(self._strengths[OWN]) > 1 else AT_EQUAL_NORM
         differences = [
             self._contrast(
-                first, second, what, interval(at[first][0] - at[second][0], at[first][1] - at[second][1]), None
+                *(first, second, UP_TO_EQUAL_NORM),
+                interval(at[first][0] - at[second][0], at[first][1] - at[second][1]),
+                None,
             )
             for first, second in _pairs(list(at))
         ]

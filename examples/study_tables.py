@@ -361,8 +361,7 @@ def _contrasts(out: Path) -> Table:
         for place, contrast in enumerate(file.content["contrasts"]):
             at = ("contrasts", place)
             names = [_method(contrast[side]) for side in ("first", "second")]
-            # At full strength alone the way there is unknown: effects rise late, so that a line from (0, 0) flatters.
-            if "clvq-vae" not in names or contrast["what"] == "own code at equal norm":
+            if "clvq-vae" not in names:
                 continue
             rows.append(
                 (
