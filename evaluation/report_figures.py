@@ -90,10 +90,11 @@ def _curves(chart: Chart) -> "Figure":
         Line2D([], [], color=_colour(number), marker=_marker(number), label=plain(name))
         for number, name in enumerate(names)
     ]
-    handles += [
-        Line2D([], [], color=GREY, label="own code"),
-        Line2D([], [], color=GREY, linestyle="--", label="matched code"),
-    ]
+    if any(series.control for panel in chart.panels for series in panel.series):
+        handles += [
+            Line2D([], [], color=GREY, label="own code"),
+            Line2D([], [], color=GREY, linestyle="--", label="matched code"),
+        ]
     marks = dict.fromkeys(panel.mark for panel in chart.panels if panel.marked_x is not None)
     handles += [Patch(color=_SHADE, label=plain(f"up to {mark}", longest=60)) for mark in marks]
     _legend(figure, handles)
