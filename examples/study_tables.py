@@ -155,12 +155,12 @@ def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table
             rows.append((Field(name), *fields))
     return Table(
         OVERVIEW,
-        "From the tables below, which say more. *Published*: accuracy of the probe when the text's own code, that of "
-        "another text of the same label, or of another label is projected out. *Salient*, *all*: probability that the "
-        "model loses with the own code taken out of the most salient row, of all rows; *− matched*: that less what a "
-        "code of like norm and cosine costs; *− same label*: less what the code of another text of the same label "
-        "costs, where both have removed as much. *Equal norm*: probability lost where all methods have removed as "
-        "much. *R²*: of the upper rows, by concepts.",
+        "From the other tables of the study, which say more. *Published*: accuracy of the probe when the text's "
+        "own code, that of another text of the same label, or of another label is projected out. *Salient*, *all*: "
+        "probability that the model loses with the own code taken out of the most salient row, of all rows; *− "
+        "matched*: that less what a code of like norm and cosine costs; *− same label*: less what the code of "
+        "another text of the same label costs, where both have removed as much. *Equal norm*: probability lost "
+        "where all methods have removed as much. *R²*: of the upper rows, by concepts.",
         (
             *("method", "published: own", "same label", "other label", "salient: own"),
             *("all: own", "− matched", "− same label", "equal norm"),
