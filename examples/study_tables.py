@@ -309,34 +309,9 @@ def _honest(out: Path, evaluation: str, which: str) -> Table:
 
 
 def _equal_norm(out: Path) -> Table:
-    rows: list[tuple[Field, ...]] = []
     file = _together_file(out, "all")
-    for name in [] if file is None else dict.fromkeys(_method(curve["group"]) for curve in file.content["curves"]):
-        if file is None:
-            continue
-        at = _curves_of(file, name)
-        own = at["own code"]
-        points = range(len(file.get(*own, "strengths").value))
-        parts = [
-            [file.get(*own, figure, point, "value") for figure in ("norm_removed", "probability_lost")]
-            for point in points
-        ]
-        shown = [f"{_shown(norm.value, '.0%')} → {_shown(lost.value, '+.3f')}" for norm, lost in parts]
-        fields = [
-            Field(name),
-            Field(", ".join(shown), tuple(source for part in parts for source in part)),
-            _each([file.get(*own, "common_norm")], ".1%"),
-            file.estimate(*own, "at_common_norm", form="+.4f"),
-            file.estimate(*own, "mean_to_common_norm", form="+.4f"),
-        ]
-        if "same label" in at:
-            same = at["same label"]
-            fields += [
-                file.middle(*same, "norm_removed", 0, form=".1%"),
-                file.middle(*same, "probability_lost", 0, form="+.4f"),
-                file.estimate(*same, "own_minus_this", form="+.4f"),
-            ]
-        rows.append((*fields, *[Field(NOTHING)] * (8 - len(fields))))
+    names = [] if file is None else [_method(curve["group"]) for curve in file.content["curves"]]
+    rows = [] if file is None else [_curve(file, name) for name in dict.fromkeys(names)]
     return Table(
         "At equal norm removed",
         "Centred removal from all rows. *Curve*: norm removed → probability lost, by own codes, at several strengths. "
@@ -349,6 +324,32 @@ def _equal_norm(out: Path) -> Table:
             *("same label: norm", "probability lost", "own − same label"),
         ),
         tuple(rows),
+    )
+
+
+def _curve(file: _File, name: str) -> tuple[Field, ...]:
+    """How much a method's own codes cost by norm, and what the code of another text of the same label does."""
+    at = _curves_of(file, name)
+    own, same = at["own code"], at.get("same label")
+    parts = [
+        [file.get(*own, figure, point, "value") for figure in ("norm_removed", "probability_lost")]
+        for point in range(len(file.get(*own, "strengths").value))
+    ]
+    shown = [f"{_shown(norm.value, '.0%')} → {_shown(lost.value, '+.3f')}" for norm, lost in parts]
+    fields = [
+        Field(name),
+        Field(", ".join(shown), tuple(source for part in parts for source in part)),
+        _each([file.get(*own, "common_norm")], ".1%"),
+        file.estimate(*own, "at_common_norm", form="+.4f"),
+        file.estimate(*own, "mean_to_common_norm", form="+.4f"),
+    ]
+    if same is None:
+        return (*fields, *[Field(NOTHING)] * 3)
+    return (
+        *fields,
+        file.middle(*same, "norm_removed", 0, form=".1%"),
+        file.middle(*same, "probability_lost", 0, form="+.4f"),
+        file.estimate(*same, "own_minus_this", form="+.4f"),
     )
 
 
