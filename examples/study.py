@@ -35,7 +35,7 @@ _MODEL = ("--read-out", "model", "--removal", "centred", "--controls", "matched 
 TOGETHER: Mapping[str, Sequence[str]] = {
     "salient": (*_MODEL, "--rows-changed", "salient"),
     # Methods and codes of other texts remove other norms: what own codes do on the way there.
-    "all": (*_MODEL, "--rows-changed", "all", "--strengths", "0.4,0.7,1", "--curves", "own"),
+    "all": (*_MODEL, "--rows-changed", "all", "--strengths", "0.4,0.55,0.7,0.85,1", "--curves", "own"),
 }
 """Name → options for the runs of all methods together, whose differences are then paired by text."""
 
