@@ -47,7 +47,13 @@ class Study:
         self.asked: list[Asked] = [
             asked_of(cache, name, run, self.texts, removals[name], config) for name, run in runs.items()
         ]
-        self.plan = Removals(removals, config.controls, config.strengths, config.curves, config.seed)
+        self.plan = Removals(
+            removals=removals,
+            controls=config.controls,
+            strengths=config.strengths,
+            curves=config.curves,
+            seed=config.seed,
+        )
         started = time.perf_counter()
         self.clean: CleanTexts = read_clean(cache, model, self.texts, site=self.site, salient=None, progress=SILENT)
         self.clean_seconds = time.perf_counter() - started

@@ -178,7 +178,13 @@ def _ablate(
     probe = "probe" in config.read_outs
     probed = probed_texts(cache, texts, config.rows_changed, cls_vectors=cls_vectors) if probe else []
     asked = [asked_of(cache, name, run, texts, removals[name], config) for name, run in runs.items()]
-    plan = Removals(removals, config.controls, tuple(sorted(config.strengths)), config.curves, config.seed)
+    plan = Removals(
+        removals=removals,
+        controls=config.controls,
+        strengths=tuple(sorted(config.strengths)),
+        curves=config.curves,
+        seed=config.seed,
+    )
     salient = stored_salient_rows(cache, texts, site) if config.saliency == "stored" else None
     found = _Found()
     if needs_model:

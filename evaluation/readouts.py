@@ -43,7 +43,7 @@ class Asked:
         return [codes[:, None] for codes in self.codes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Removals:
     """What is to be removed from whom, and how strongly."""
 

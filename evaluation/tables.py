@@ -386,14 +386,10 @@ class _View:
                     else None,
                 )
             )
-        differences = [
-            self._contrast(
-                *(first, second, UP_TO_EQUAL_NORM),
-                interval(at[first][0] - at[second][0], at[first][1] - at[second][1]),
-                None,
-            )
-            for first, second in _pairs(list(at))
-        ]
+        differences = []
+        for first, second in _pairs(list(at)):
+            difference = interval(at[first][0] - at[second][0], at[first][1] - at[second][1])
+            differences.append(self._contrast(first, second, UP_TO_EQUAL_NORM, difference, None))
         return curves, differences
 
     def _contrast(self, first: str, second: str, what: str, difference: Estimate, p: float | None) -> Contrast:

@@ -129,6 +129,7 @@ def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table
     published = dict(_results(out, runs, "published"))
     quality = dict(_results(out, runs, "quality"))
     salient, whole = (_together_file(out, name) for name in ("salient", "all"))
+    salient_lines, whole_lines = ({} if file is None else _methods_of(file) for file in (salient, whole))
     rows = []
     for name in runs:
         fields: list[Field] = []
@@ -137,13 +138,13 @@ def _overview(out: Path, runs: Mapping[str, Sequence[str]], upper: str) -> Table
         for removed in ("own code", "same label", "other label"):
             at = own.get(removed)
             fields.append(Field(NOTHING) if file is None or at is None else file.middle(*at, "accuracy", form=".3f"))
-        for file, removed, figure, form in (
-            (salient, "own code", "probability_lost", "+.3f"),
-            (whole, "own code", "probability_lost", "+.3f"),
-            (whole, "matched code", "own_minus_this", "+.3f"),
+        for file, lines, removed, figure in (
+            (salient, salient_lines, "own code", "probability_lost"),
+            (whole, whole_lines, "own code", "probability_lost"),
+            (whole, whole_lines, "matched code", "own_minus_this"),
         ):
-            at = None if file is None else _methods_of(file).get(name, {}).get(removed)
-            fields.append(Field(NOTHING) if file is None or at is None else file.estimate(*at, figure, form=form))
+            at = lines.get(name, {}).get(removed)
+            fields.append(Field(NOTHING) if file is None or at is None else file.estimate(*at, figure, form="+.3f"))
         curves = {} if whole is None else _curves_of(whole, name)
         for removed, figure in (("same label", "own_minus_this"), ("own code", "at_common_norm")):
             at = curves.get(removed)
@@ -272,29 +273,7 @@ def _published(out: Path, runs: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _honest(out: Path, evaluation: str, which: str) -> Table:
-    rows = []
     file = _together_file(out, evaluation)
-    for name, own in ({} if file is None else _methods_of(file)).items():
-        if file is None or "own code" not in own:
-            continue
-        at = own["own code"]
-        rows.append(
-            (
-                Field(name),
-                file.estimate(*at, "accuracy", form=".3f"),
-                file.estimate(*at, "flipped", form=".1%"),
-                file.estimate(*at, "probability_lost", form="+.3f"),
-                file.estimate(*at, "norm_removed", form=".1%"),
-                *(
-                    file.estimate(*own[control], "own_minus_this", form="+.3f") if control in own else Field(NOTHING)
-                    for control in _HONEST_CONTROLS
-                ),
-            )
-        )
-    if file is not None and rows:
-        clean = _clean(file)
-        before = Field(NOTHING) if clean is None else file.estimate(*clean, "accuracy", form=".3f")
-        rows.insert(0, (Field("nothing removed"), before, *[Field(NOTHING)] * (3 + len(_HONEST_CONTROLS))))
     return Table(
         f"The model itself, concepts removed from {which}",
         "Centred removal at the lower site; the model's own upper blocks and head are run. *own − …*: probability lost "
@@ -304,8 +283,28 @@ def _honest(out: Path, evaluation: str, which: str) -> Table:
             *("method", "accuracy", "flipped", "probability lost", "norm removed"),
             *(f"own − {control}" for control in _HONEST_CONTROLS),
         ),
-        tuple(rows),
+        () if file is None else tuple(_honest_rows(file)),
     )
+
+
+def _honest_rows(file: _File) -> Iterable[tuple[Field, ...]]:
+    """The unchanged model, then each method."""
+    clean = _clean(file)
+    before = Field(NOTHING) if clean is None else file.estimate(*clean, "accuracy", form=".3f")
+    yield (Field("nothing removed"), before, *[Field(NOTHING)] * (3 + len(_HONEST_CONTROLS)))
+    for name, own in _methods_of(file).items():
+        at = own["own code"]
+        yield (
+            Field(name),
+            file.estimate(*at, "accuracy", form=".3f"),
+            file.estimate(*at, "flipped", form=".1%"),
+            file.estimate(*at, "probability_lost", form="+.3f"),
+            file.estimate(*at, "norm_removed", form=".1%"),
+            *(
+                file.estimate(*own[control], "own_minus_this", form="+.3f") if control in own else Field(NOTHING)
+                for control in _HONEST_CONTROLS
+            ),
+        )
 
 
 def _equal_norm(out: Path) -> Table:

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import clvq
 import pytest
-from clvq import cli
 
 from . import tiny
+from .commands import Command, command_of
 
 
 @dataclass(frozen=True)
@@ -31,32 +30,9 @@ class World:
     run: Path
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["clvq", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = 0 if stop.code is None else int(stop.code)
-        shown = capsys.readouterr()
-        return Ended(code, shown.out, shown.err)
-
-    return run
+    return command_of(monkeypatch, capsys)
 
 
 def _clvq(*words: object) -> list[str]:

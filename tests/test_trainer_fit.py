@@ -23,6 +23,7 @@ from clvq.trainer.run import Run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .caches import LOWER, UPPER, make_cache
+from .stopping import Pulled, Stops
 
 CPU = torch.device("cpu")
 PRESETS = ["default", "paper"]
@@ -60,7 +61,7 @@ def whole(request: pytest.FixtureRequest, small_cache: clvq.Cache, tmp_path_fact
 
 
 class _Counts(Silent):
-    """Counts the moments at which `_Stops` could stop."""
+    """Counts the moments at which `Stops` could stop."""
 
     def __init__(self) -> None:
         self.moments = 0
@@ -70,25 +71,6 @@ class _Counts(Silent):
 
     def advance(self, amount: int = 1, **figures: float) -> None:
         self.check()
-
-
-class _Stops(Silent):
-    """Raises at its `after`-th safe point."""
-
-    def __init__(self, after: int, error: BaseException) -> None:
-        self.left, self.error = after, error
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-
-    def advance(self, amount: int = 1, **figures: float) -> None:
-        self.check()
-
-
-class _Pulled(BaseException):
-    """As if the plug had been pulled: nothing in the library catches it."""
 
 
 class _Fails(Silent):
@@ -134,10 +116,10 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(
     config = Run.from_pretrained(whole).config
     every, stops = 7, 0
     while True:
-        error = Interrupted("stop", signal_number=2) if kind == "interrupted" else _Pulled()
+        error = Interrupted("stop", signal_number=2) if kind == "interrupted" else Pulled()
         try:
-            _fit(small_cache, config, tmp_path, progress=_Stops(every, error))
-        except (Interrupted, _Pulled):
+            _fit(small_cache, config, tmp_path, progress=Stops(every, error))
+        except (Interrupted, Pulled):
             stops += 1
             # Always stopping at the same place of the last, unsaved stretch would never end.
             every = 3 * every // 2
@@ -178,7 +160,7 @@ def test_interrupted_between_checkpoints_it_saves_and_goes_on_to_the_same_bytes(
     whole, moments = counted
     config, after = Run.from_pretrained(whole).config, max(1, round(share * moments))
     with pytest.raises(Interrupted):
-        _fit(small_cache, config, tmp_path, progress=_Stops(after, Interrupted("stop", signal_number=15)))
+        _fit(small_cache, config, tmp_path, progress=Stops(after, Interrupted("stop", signal_number=15)))
     assert not (tmp_path / "model.safetensors").exists()
     _fit(small_cache, config, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

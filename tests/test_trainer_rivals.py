@@ -1,7 +1,6 @@
 """The rivals: what each finds against an independent oracle, and that each is a run like any other."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ import clvq
 import numpy as np
 import pytest
 import torch
-from clvq import cli
 from clvq.errors import ConfigError, Interrupted, ResumeMismatch
-from clvq.progress import SILENT, Progress, Silent
+from clvq.progress import SILENT, Progress
 from clvq.trainer.config import with_overrides
 from clvq.trainer.fit import fit
 from clvq.trainer.methods import METHODS, PlainConfig, TrainedConfig, method_config
@@ -24,6 +22,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from .caches import LOWER, UPPER, make_cache
+from .commands import Command, command_of
+from .stopping import Stops
 
 CPU = torch.device("cpu")
 RIVALS = [method for method in METHODS if method != "clvq-vae"]
@@ -260,21 +260,6 @@ def test_the_same_settings_give_the_same_bytes_and_others_are_refused_there(
         _fit(small_cache, with_overrides(config, {"seed": "7"}), tmp_path)
 
 
-class _Stops(Silent):
-    """Is interrupted at its `after`-th safe point."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Interrupted("stop", signal_number=2)
-
-    def advance(self, amount: int = 1, **figures: float) -> None:
-        self.check()
-
-
 @pytest.mark.parametrize("method", RIVALS)
 def test_stopped_again_and_again_it_ends_in_the_same_bytes(
     method: str, trained: Trained, small_cache: clvq.Cache, tmp_path: Path
@@ -282,7 +267,7 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(
     config, every, stops = Run.from_pretrained(trained(method)).config, 3, 0
     while True:
         try:
-            _fit(small_cache, config, tmp_path, progress=_Stops(every))
+            _fit(small_cache, config, tmp_path, progress=Stops(every, Interrupted("stop", signal_number=2)))
         except Interrupted:
             stops, every = stops + 1, 2 * every
             continue
@@ -297,22 +282,9 @@ def test_a_sweep_of_codes_means_each_method_s_concepts(method: str) -> None:
     assert [(member.config.concepts, member.config.seed) for member in found] == [(4, 42), (4, 43), (6, 42), (6, 43)]
 
 
-Command = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["clvq", *map(str, words)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        shown = capsys.readouterr()
-        return int(str(code)), shown.out, shown.err
-
-    return run
+    return command_of(monkeypatch, capsys)
 
 
 def test_the_command_sweeps_codes_and_seeds_of_a_rival(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from clvq.cache.statistics import SiteStatistics
 from clvq.errors import ConfigError, Interrupted
-from clvq.progress import SILENT, Progress, Silent
+from clvq.progress import SILENT, Progress
 from clvq.trainer.build import build
 from clvq.trainer.config import with_overrides
 from clvq.trainer.fit import fit
@@ -25,6 +25,7 @@ from clvq.trainer.sae import SparseAutoencoder
 from safetensors.torch import load_file
 
 from .caches import LOWER, UPPER
+from .stopping import Pulled, Stops
 
 CPU = torch.device("cpu")
 METHODS = ["sae", "cross-sae"]
@@ -328,25 +329,6 @@ def test_rows_normalised_one_by_one_come_back_in_their_own_scale(normalization: 
         torch.testing.assert_close(given.std(dim=1), torch.ones(50), rtol=1e-4, atol=1e-4)
 
 
-class _Stops(Silent):
-    """Raises at its `after`-th safe point."""
-
-    def __init__(self, after: int, error: BaseException) -> None:
-        self.left, self.error = after, error
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-
-    def advance(self, amount: int = 1, **figures: float) -> None:
-        self.check()
-
-
-class _Pulled(BaseException):
-    """As if the plug had been pulled: nothing in the library catches it."""
-
-
 def _fit(cache: clvq.Cache, config: SaeConfig, out: Path, *, progress: Progress = SILENT) -> dict[str, Any]:
     return fit(cache, config, out, device=CPU, progress=progress).report
 
@@ -360,10 +342,10 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(
     _fit(small_cache, config, tmp_path / "whole")
     every, stops = 7, 0
     while True:
-        error = Interrupted("stop", signal_number=2) if kind == "interrupted" else _Pulled()
+        error = Interrupted("stop", signal_number=2) if kind == "interrupted" else Pulled()
         try:
-            _fit(small_cache, config, tmp_path / "stopped", progress=_Stops(every, error))
-        except (Interrupted, _Pulled):
+            _fit(small_cache, config, tmp_path / "stopped", progress=Stops(every, error))
+        except (Interrupted, Pulled):
             stops += 1
             every = 3 * every // 2
             continue

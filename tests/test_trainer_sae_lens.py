@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import clvq
 import numpy as np
 import pytest
 import torch
-from clvq import cli
 from clvq.errors import ClvqError, ConfigError, DataError, DataNotFound, RunMismatch
 from clvq.trainer.config import with_overrides
 from clvq.trainer.fit import fit
@@ -23,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from .caches import LOWER, UPPER, make_cache
+from .commands import command_of
 
 CPU = torch.device("cpu")
 D, LATENTS = 16, 20
@@ -375,16 +374,7 @@ def test_weights_from_elsewhere_need_their_folder_and_decide_their_settings(
 def test_the_command_exports_and_takes_over(
     trained: Any, small_cache: clvq.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def ended(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["clvq", *map(str, words)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        shown = capsys.readouterr()
-        return int(str(code)), shown.out, shown.err
-
+    ended = command_of(monkeypatch, capsys)
     run, theirs = trained("sae", "topk"), tmp_path / "theirs"
     code, out, err = ended("export", run, "--out", theirs, "--cache", small_cache.path, "--json")
     assert (code, json.loads(out)["architecture"]) == (0, "topk"), err
