@@ -59,6 +59,7 @@ class Study:
     subset: str | None = None
     rows: str = "token"
     max_length: int | None = None
+    dtype: str | None = None
     prompt: Path | None = None
     answers: str | None = None
     chat: bool = False
@@ -97,6 +98,7 @@ _HELP = {
     "subset": "configuration of a Hub data set",
     "rows": "what a row is: token or word",
     "max_length": "tokens at which texts are cut; else the model's window",
+    "dtype": "type that the model computes in, such as bfloat16; else its own",
     "prompt": "file with a prompt, for a decoder without a head; {text} stands for the text",
     "answers": "what the prompted model chooses from, such as negative=terrible,positive=great",
     "chat": "use the model's chat template around the prompt",
@@ -244,6 +246,7 @@ def _extract(study: Study) -> list[str]:
     command += ["--split", f"{study.train_split},{study.eval_split}", "--train-split", study.train_split]
     command += ["--rows", study.rows, "--threads", str(study.threads)]
     command += [] if study.max_length is None else ["--max-length", str(study.max_length)]
+    command += [] if study.dtype is None else ["--dtype", study.dtype]
     command += [] if study.rationale is None else ["--keep-fields", study.rationale]
     if study.prompt is None:
         command += ["--task", "classify"]

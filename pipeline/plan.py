@@ -4,6 +4,7 @@ The plan follows from the data, the tokenizer and the settings alone. It keeps a
 are filtered by frequency, one bit per word; tokens are made again when a shard is extracted.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ from .saliency import check_saliency
 from .source import ModelSource
 from .words import INSTRUCTION, LEADING, SPECIAL, Rows
 from .work import Work, all_rows, prompt_of, tokenise
+
+_log = logging.getLogger(__name__)
 
 _TEXTS_AT_A_TIME = 1_000
 # Manifest, records, metadata, card: small files, but files.
@@ -148,6 +151,12 @@ def make_plan(source: ModelSource, texts: Texts, config: ExtractConfig, *, progr
     census = _Census(config) if filtering else None
     prompt = prompt_of(source, config)
     highest_id = max(prompt.answer_ids) if prompt is not None else 0
+    if prompt is not None and prompt.begins_with_text:
+        _log.warning(
+            "the prompt begins with {text}, and the tokenizer puts nothing before it: decoders often give the very "
+            "first token a norm a hundred times that of others, and here it is a row of each text, which then decides "
+            "what codes, errors and removed norms say: write a word before {text}, such as 'Text: '"
+        )
     kinds = np.zeros(INSTRUCTION + 1, dtype=np.int64)
     progress.begin("plan", len(texts), "texts")
     for start in range(0, len(texts), _TEXTS_AT_A_TIME):

@@ -66,6 +66,8 @@ class Prompt:
         self._closing, self.answer_ids = found[0]
         self.shortest = len(self._encode([""])[0].ids)
         """Tokens of the prompt around an empty text."""
+        self.begins_with_text = bool(self._encode([_REFERENCES[1]])[0].kind[0] == TEXT)
+        """Whether a text's first token is the first that the model is given."""
 
     def tokenize(self, texts: Sequence[str], *, max_length: int) -> list[Tokens]:
         """The tokens of each text inside the prompt; of what is too long, the end of the text is cut off.

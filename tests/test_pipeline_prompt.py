@@ -300,6 +300,32 @@ def test_a_window_without_room_for_the_prompt_is_refused(data: Path, tiny_model:
         plan_of(tiny_model("gpt2", continues=True), data, **prompted(max_length=21))
 
 
+BEGINNINGS = [
+    ("gpt2", "{text}\nmood: ", True),
+    ("gpt2", WORDING, False),
+    # Its tokenizer puts a token of its own before all.
+    ("llama", "{text}\nmood: ", False),
+]
+
+
+@pytest.mark.parametrize(("family", "wording", "warned"), BEGINNINGS)
+def test_a_text_that_holds_the_models_first_token_is_warned_of(
+    family: str,
+    wording: str,
+    warned: bool,
+    data: Path,
+    tiny_model: TinyModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan_of(tiny_model(family, continues=True), data, **prompted(prompt=wording))
+    message = (
+        "the prompt begins with {text}, and the tokenizer puts nothing before it: decoders often give the very first "
+        "token a norm a hundred times that of others, and here it is a row of each text, which then decides what "
+        "codes, errors and removed norms say: write a word before {text}, such as 'Text: '"
+    )
+    assert caplog.messages == [message] * warned
+
+
 LABELS = [
     (
         "joy,anger",
