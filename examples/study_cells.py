@@ -131,7 +131,8 @@ def run_cells(
                 else:
                     ready[cell.name] = found
             while ready and len(running) < jobs:
-                name = next(iter(ready))
+                # Not the one that was ready first: the longest stand first, and would be left alone at the end.
+                name = next(cell.name for cell in cells if cell.name in ready)
                 running[name] = _start(ready.pop(name), out, threads)
             for name, one in list(running.items()):
                 record = _ended(one)

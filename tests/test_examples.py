@@ -171,6 +171,17 @@ def test_cells_wait_for_those_that_they_need_even_where_one_fails(example: Any, 
     assert again["bad"].cpu_seconds > found["bad"].cpu_seconds
 
 
+def test_a_cell_that_becomes_ready_goes_before_those_that_stand_after_it(example: Any, tmp_path: Path) -> None:
+    cells = example("study_cells")
+    (tmp_path / "made").touch()
+    three = [
+        _cell(cells, "first", "--version"),
+        _cell(cells, "long", "--version", needs=("first",)),
+        _cell(cells, "short", "--version"),
+    ]
+    assert list(cells.run_cells(three, tmp_path, jobs=1, threads=1)) == ["first", "long", "short"]
+
+
 def test_a_cell_is_run_again_where_its_command_its_needs_or_its_file_changed(example: Any, tmp_path: Path) -> None:
     cells = example("study_cells")
     (tmp_path / "made").touch()
