@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from .options import Device, Force, Json, Seed, device_of, load_model, model_of, names, settings_of
-from .terminal import print_json, progress_bars, put
+from .terminal import interval, print_json, progress_bars, put, titled
 
 if TYPE_CHECKING:
     from .evaluation.ablate import AblateResult
-    from .evaluation.bootstrap import Estimate
     from .evaluation.tables import GroupLine, Line
     from .pipeline.language_model import LanguageModel
 
@@ -119,7 +116,7 @@ def _print_lines(result: "AblateResult") -> None:
     columns = (
         "run,read-out,removal,removed,accuracy,way to chance,flipped,probability lost,norm removed,own code − this,p"
     )
-    table = _table(
+    table = titled(
         columns.split(",")[len(runs) < 2 :], "means over texts with 95 % bootstrap intervals; p Holm-adjusted"
     )
     strongest = max((line.strength for line in result.lines if line.removal), default=1.0)
@@ -140,12 +137,12 @@ def _cells(line: "Line", texts: int) -> list[str]:
         line.read_out,
         line.removal or "–",
         f"{line.removed} ({line.texts:,} texts)" if fewer else line.removed,
-        _interval(line.accuracy, ".3f"),
+        interval(line.accuracy, ".3f"),
         "–" if unchanged or math.isnan(line.drop_to_chance.value) else f"{round(line.drop_to_chance.value, 2) + 0:.0%}",
-        "–" if unchanged else _interval(line.flipped, ".1%"),
-        "–" if unchanged else _interval(line.probability_lost, "+.3f"),
+        "–" if unchanged else interval(line.flipped, ".1%"),
+        "–" if unchanged else interval(line.probability_lost, "+.3f"),
         "–" if unchanged else f"{line.norm_removed.value:.1%}",
-        _interval(line.own_minus_this, "+.3f"),
+        interval(line.own_minus_this, "+.3f"),
         _p(line.p),
     ]
 
@@ -154,7 +151,7 @@ def _print_groups(result: "AblateResult") -> None:
     if not result.groups:
         return
     columns = ["runs", "seeds", "read-out", "removal", "removed", "accuracy", "flipped", "probability lost"]
-    table = _table([*columns, "norm removed", "own code − this"], "means over seeds and texts; intervals over both")
+    table = titled([*columns, "norm removed", "own code − this"], "means over seeds and texts; intervals over both")
     strongest = max(line.strength for line in result.groups)
     for line in result.groups:
         if line.strength == strongest:
@@ -171,11 +168,11 @@ def _group_cells(line: "GroupLine") -> list[str]:
         line.read_out,
         line.removal,
         line.removed,
-        _interval(line.accuracy, ".3f"),
-        _interval(line.flipped, ".1%"),
-        _interval(line.probability_lost, "+.3f"),
+        interval(line.accuracy, ".3f"),
+        interval(line.flipped, ".1%"),
+        interval(line.probability_lost, "+.3f"),
         f"{line.norm_removed.value:.1%}",
-        _interval(line.own_minus_this, "+.3f"),
+        interval(line.own_minus_this, "+.3f"),
     ]
 
 
@@ -183,7 +180,7 @@ def _print_curves(result: "AblateResult") -> None:
     strengths = max((curve.strengths for curve in result.curves), key=len, default=[])
     if len(strengths) < 2:
         return
-    table = _table(
+    table = titled(
         [
             "runs", "read-out", "removal", "removed",
             *(f"lost at {strength:g}" for strength in strengths),
@@ -204,8 +201,8 @@ def _print_curves(result: "AblateResult") -> None:
             *(f"{at[strength].value:+.3f}" if strength in at else "–" for strength in strengths),
             f"{curve.norm_removed[-1].value:.1%}",
             f"{curve.common_norm:.1%}",
-            _interval(curve.mean_to_common_norm, "+.3f"),
-            _interval(curve.own_minus_this, "+.3f"),
+            interval(curve.mean_to_common_norm, "+.3f"),
+            interval(curve.own_minus_this, "+.3f"),
         )
     put(table, whole=True)
 
@@ -213,12 +210,12 @@ def _print_curves(result: "AblateResult") -> None:
 def _print_contrasts(result: "AblateResult") -> None:
     if not result.contrasts:
         return
-    table = _table(
+    table = titled(
         ["first", "second", "read-out", "removal", "probability lost by", "first − second", "p"],
         "runs against each other, paired by text; up to equal norm on the curves, piecewise linear from (0, 0)",
     )
     for line in result.contrasts:
-        difference = _interval(line.difference, "+.3f")
+        difference = interval(line.difference, "+.3f")
         table.add_row(line.first, line.second, line.read_out, line.removal, line.what, difference, _p(line.p))
     put(table, whole=True)
 
@@ -228,7 +225,7 @@ def _print_concepts(result: "AblateResult") -> None:
     if not effects:
         return
     classes = len(effects[0].class_changes or [])
-    table = _table(
+    table = titled(
         [
             "run", "concept", "texts", "flipped", "probability lost", "by matched random", "own − random", "p",
             *(f"class {number}" for number in range(classes)),
@@ -242,23 +239,13 @@ def _print_concepts(result: "AblateResult") -> None:
             str(effect.concept),
             f"{effect.texts:,}",
             f"{effect.flipped:.1%}",
-            f"{effect.probability_lost:+.3f}" if effect.lost is None else _interval(effect.lost, "+.3f"),
-            _interval(effect.control_lost, "+.3f"),
-            _interval(effect.own_minus_control, "+.3f"),
+            f"{effect.probability_lost:+.3f}" if effect.lost is None else interval(effect.lost, "+.3f"),
+            interval(effect.control_lost, "+.3f"),
+            interval(effect.own_minus_control, "+.3f"),
             _p(effect.p),
             *(f"{change:+.3f}" for change in effect.class_changes or []),
         )
     put(table, whole=True)
-
-
-def _table(columns: list[str], title: str) -> Table:
-    return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
-
-
-def _interval(value: "Estimate | None", form: str) -> str:
-    if value is None or math.isnan(value.value):
-        return "–"
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def _p(value: float | None) -> str:

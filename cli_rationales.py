@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from .options import Json, Seed, names
-from .terminal import print_json, printable, put
+from .terminal import interval, print_json, printable, put, titled
 
 if TYPE_CHECKING:
-    from .evaluation.bootstrap import Estimate
     from .evaluation.rationales import RationaleResult
 
 _SHOWN = {"f1": "token F1", "top1": "top row inside", "average_precision": "average precision"}
@@ -44,20 +41,16 @@ def _print(result: "RationaleResult") -> None:
     columns = ["cache", "score", *_SHOWN.values(), "precision − random"]
     columns += ["precision − first cache"] if several else []
     title = f"{result.texts:,} texts, means with 95 % bootstrap intervals, paired by text"
-    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = titled(columns, title)
     before = ""
     for line in result.lines:
         if before not in ("", line.cache):
             table.add_section()
         before = line.cache
-        cells = [printable(line.cache), line.score, *(_interval(line.found[metric]) for metric in _SHOWN)]
+        cells = [printable(line.cache), line.score, *(interval(line.found[metric]) for metric in _SHOWN)]
         differences = [line.over_random, *([line.over_first_cache] if several else [])]
-        cells += ["–" if values is None else _interval(values["average_precision"], "+.3f") for values in differences]
+        cells += ["–" if values is None else interval(values["average_precision"], "+.3f") for values in differences]
         table.add_row(*cells)
     put(table, whole=True)
     out = ", ".join(f"{count:,} {reason}" for reason, count in result.left_out.items())
     put(f"texts left out: {out}")
-
-
-def _interval(value: "Estimate", form: str = ".3f") -> str:
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"

@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from .errors import Interrupted
+
+if TYPE_CHECKING:
+    from .evaluation.bootstrap import Estimate
 
 
 class _Terminal:
@@ -136,6 +140,18 @@ def put(what: Any, *, whole: bool = False) -> None:
         if whole:
             console.width = max(console.width, console.measure(what, options=console.options.update(width=999)).maximum)
         console.print(what)
+
+
+def titled(columns: list[str], title: str) -> Table:
+    """An empty table of results."""
+    return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+
+
+def interval(value: "Estimate | None", form: str = ".3f") -> str:
+    """An estimate with its interval; a dash where there is none."""
+    if value is None or math.isnan(value.value):
+        return "–"
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def say(message: str) -> None:
