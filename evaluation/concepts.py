@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,17 @@ def describe(
 
     Typical rows are those whose centred vectors have the largest cosine with the concept's direction.
     """
+    members = members_of(cache, run, concepts, texts)
+    return [_describe(cache, concept, members[concept], words=words, examples=examples) for concept in concepts]
+
+
+def members_of(
+    cache: Cache, run: Run, concepts: Sequence[int], texts: Bool[np.ndarray, " text"]
+) -> dict[int, list[tuple[int, float]]]:
+    """The rows of each concept in the chosen texts, and the cosine of each with the concept's direction, centred.
+
+    Only rows of kinds that the run was trained on belong to it. A concept without training rows has none.
+    """
     site = run.config.lower
     members: dict[int, list[tuple[int, float]]] = {concept: [] for concept in concepts}
     directions = {concept: run.direction(concept, site) for concept in concepts}
@@ -53,14 +65,14 @@ def describe(
             offset = vectors[site][mine] - run.lower_mean
             cosine = offset @ directions[concept][0] / np.maximum(np.linalg.norm(offset, axis=1), 1e-12)
             members[concept] += zip(block[mine].tolist(), cosine.tolist(), strict=True)
-    return [_describe(cache, concept, members[concept], words=words, examples=examples) for concept in concepts]
+    return members
 
 
 def _describe(cache: Cache, concept: int, members: list[tuple[int, float]], *, words: int, examples: int) -> Concept:
     typical = [row for row, _ in sorted(members, key=lambda member: -member[1])]
     text_of = cache.text_index[cache.column("text")[np.array(typical, dtype=np.int64)]]
     all_texts, all_labels = cache.texts["text"], cache.texts["label"]
-    parts = {row: _cut(cache, row, all_texts[int(text)].as_py()) for row, text in zip(typical, text_of, strict=True)}
+    parts = {row: cut(cache, row, all_texts[int(text)].as_py()) for row, text in zip(typical, text_of, strict=True)}
     shown: list[int] = []
     texts_used: set[int] = set()
     words_used: set[str] = set()
@@ -80,12 +92,13 @@ def _describe(cache: Cache, concept: int, members: list[tuple[int, float]], *, w
         concept=concept,
         rows=len(members),
         words=Counter(word.lower() for _, word, _ in parts.values()).most_common(words),
-        examples=[_shorten(*parts[row]) for row in shown],
+        examples=[shorten(*parts[row]) for row in shown],
         labels={names[label]: count / len(known) for label, count in sorted(shares.items())},
     )
 
 
-def _cut(cache: Cache, row: int, text: str) -> tuple[str, str, str]:
+def cut(cache: Cache, row: int, text: str) -> tuple[str, str, str]:
+    """A row's text as what stands before its word, the word, and what stands behind it."""
     kind = int(cache.column("special")[row])
     if kind:
         return "", "‹instruction›" if kind == 3 else "‹special token›", f" {text}"
@@ -95,7 +108,8 @@ def _cut(cache: Cache, row: int, text: str) -> tuple[str, str, str]:
     return text[:start], text[start:end], text[end:]
 
 
-def _shorten(before: str, word: str, after: str) -> tuple[str, str, str]:
+def shorten(before: str, word: str, after: str) -> tuple[str, str, str]:
+    """The three parts on one line, with 90 characters of context on either side."""
     # A line break of the text would break the line in which it is shown.
     before, word, after = (re.sub(r"\s+", " ", part) for part in (before, word, after))
     if len(before) > _CONTEXT:

@@ -14,7 +14,7 @@ import torch
 from clvq.errors import ConfigError, ModelError, ResumeMismatch, RunMismatch
 from clvq.evaluation import ablation_folder, patched, probed
 from clvq.evaluation.ablate import AblateConfig, ablate
-from clvq.evaluation.concepts import _shorten, describe
+from clvq.evaluation.concepts import describe, shorten
 from clvq.evaluation.controls import CONTROLS
 from clvq.evaluation.rows import changed_rows, rows_by_text
 from clvq.evaluation.saliency import run_clean, salient_row
@@ -417,7 +417,7 @@ def test_a_kill_while_a_result_is_replaced_leaves_no_old_table_beside_new_texts(
 
 
 def test_examples_of_a_concept_are_single_lines():
-    assert _shorten("one\n\ttwo ", "a\u2028b", " three\r\nfour") == ("one two ", "a b", " three four")
+    assert shorten("one\n\ttwo ", "a\u2028b", " three\r\nfour") == ("one two ", "a b", " three four")
 
 
 def test_stored_saliency_finds_the_same_salient_rows_without_the_model(study: Study, tmp_path: Path):
