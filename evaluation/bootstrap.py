@@ -50,7 +50,7 @@ def estimates(values: Float64[np.ndarray, "text column"], *, seed: int, resample
 def column_means(values: Float64[np.ndarray, "text column"]) -> Float64[np.ndarray, " column"]:
     """The mean of each column over the texts that have a value there; NaN where none has."""
     known = ~np.isnan(values)
-    return _ratio(np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0).astype(np.float64))
+    return ratio(np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0).astype(np.float64))
 
 
 def resampled_means(
@@ -60,9 +60,9 @@ def resampled_means(
     known = ~np.isnan(values)
     plain = np.where(known, values, 0.0)
     parts = []
-    for drawn in _draws(len(values), seed, resamples):
+    for drawn in draw_counts(len(values), seed=seed, resamples=resamples):
         amount = drawn.sum(axis=1, keepdims=True) if known.all() else drawn @ known.astype(np.float64)
-        parts.append(_ratio(drawn @ plain, amount))
+        parts.append(ratio(drawn @ plain, amount))
     return np.concatenate(parts)
 
 
@@ -91,20 +91,29 @@ def interval(value: float, again: Float64[np.ndarray, " resample"]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def _draws(texts: int, seed: int, resamples: int) -> Iterator[Float64[np.ndarray, "block text"]]:
-    """How often each text is drawn."""
+def draw_counts(
+    units: int, *, seed: int | list[int], resamples: int = RESAMPLES, width: int = 0
+) -> Iterator[Float64[np.ndarray, "block unit"]]:
+    """How often each unit is drawn, in blocks of resamples; equal seeds draw equal units, whatever the blocks.
+
+    Parameters
+    ----------
+    width
+        Values that the caller holds for each resample of a block, where they are more than the units.
+    """
     generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK_VALUES // max(1, texts))
+    block = max(1, _BLOCK_VALUES // max(1, units, width))
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
-        drawn = generator.integers(texts, size=(count, texts)) if texts else np.zeros((count, 0), dtype=np.int64)
-        flat = (drawn + texts * np.arange(count)[:, None]).ravel()
-        yield np.bincount(flat, minlength=count * texts).reshape(count, texts).astype(np.float64)
+        drawn = generator.integers(units, size=(count, units)) if units else np.zeros((count, 0), dtype=np.int64)
+        flat = (drawn + units * np.arange(count)[:, None]).ravel()
+        yield np.bincount(flat, minlength=count * units).reshape(count, units).astype(np.float64)
 
 
-def _ratio(
+def ratio(
     total: Float64[np.ndarray, "*shape"], amount: Float64[np.ndarray, "*amounts"]
 ) -> Float64[np.ndarray, "*shape"]:
+    """total / amount, which is broadcast; NaN where the amount is 0."""
     amount = np.broadcast_to(amount, total.shape)
-    ratio: Float64[np.ndarray, "*shape"] = np.divide(total, amount, out=np.full_like(total, np.nan), where=amount > 0)
-    return ratio
+    shares: Float64[np.ndarray, "*shape"] = np.divide(total, amount, out=np.full_like(total, np.nan), where=amount > 0)
+    return shares

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from scipy.stats import t  # type: ignore[import-untyped]
 
-from .bootstrap import Estimate, interval, resampled_means
+from .bootstrap import Estimate, interval, ratio, resampled_means
 
 GROUPS = 20
 """Groups of texts that the jackknife leaves out one by one."""
@@ -21,14 +21,9 @@ def share_estimates(
     """
     again = resampled_means(np.concatenate([parts, wholes], axis=1), seed=seed)
     count = parts.shape[1]
-    values = _ratio(parts.sum(axis=0), wholes.sum(axis=0)).tolist()
-    shares = _ratio(again[:, :count], again[:, count:])
+    values = ratio(parts.sum(axis=0), wholes.sum(axis=0)).tolist()
+    shares = ratio(again[:, :count], again[:, count:])
     return [interval(value, drawn) for value, drawn in zip(values, shares.T, strict=True)]
-
-
-def _ratio(part: Float64[np.ndarray, "*shape"], whole: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-    ratio: Float64[np.ndarray, "*shape"] = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-    return ratio
 
 
 def groups_of(texts: int, *, seed: int) -> Int64[np.ndarray, " text"]:
