@@ -1,0 +1,90 @@
+"""What stands between the network and the study: which requests get through, and what every response says."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LARGEST_BODY = 16_000
+_HEADERS = [
+    (name.encode(), value.encode())
+    for name, value in {
+        "content-security-policy": POLICY,
+        "x-content-type-options": "nosniff",
+        "x-frame-options": "DENY",
+        # The secret of a link must not reach another site.
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-embedder-policy": "require-corp",
+        "cross-origin-resource-policy": "same-origin",
+        "permissions-policy": "camera=(), microphone=(), geolocation=()",
+        "x-robots-tag": "noindex",
+    }.items()
+]
+
+
+class Guard:
+    """Lets through what comes from the study's own pages.
+
+    A page of another site can make a browser send requests here (DNS rebinding, cross-site requests); the Host and
+    the Origin tell them apart.
+
+    Parameters
+    ----------
+    hosts
+        Allowed values of the Host header.
+    origins
+        Allowed values of the Origin header of requests that change something.
+    """
+
+    def __init__(self, app: "ASGIApp", *, hosts: Collection[str], origins: Collection[str]) -> None:
+        self._app, self._hosts, self._origins = app, frozenset(hosts), frozenset(origins)
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http":
+            return
+
+        async def send_headed(message: "Message") -> None:
+            if message["type"] == "http.response.start":
+                ours = {name for name, _ in _HEADERS}
+                theirs = [(name, value) for name, value in message["headers"] if name.lower() not in ours]
+                message = {**message, "headers": [*theirs, *_HEADERS]}
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send_headed)
+            return
+        status, text = refusal
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send_headed({"type": "http.response.start", "status": status, "headers": headers})
+        await send_headed({"type": "http.response.body", "body": text.encode()})
+
+    def _refusal(self, scope: "Scope") -> tuple[int, str] | None:
+        """Status and text of the refusal of a request; `None` where it may pass."""
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        host = headers.get("host", [])
+        if len(host) != 1 or host[0].lower() not in self._hosts:
+            return 421, "This name of the server is not one that the study is served under (see --public-url)."
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        if scope["method"] != "POST":
+            return 405, "Only GET, HEAD and POST are answered."
+        origin = headers.get("origin", [])
+        if len(origin) != 1 or origin[0].lower() not in self._origins:
+            return 403, "This request does not come from a page of the study."
+        kind = headers.get("content-type", [""])[0].split(";")[0].strip().lower()
+        if kind != "application/json":
+            return 415, "A change is sent as application/json."
+        length = headers.get("content-length", ["0"])[0]
+        if not length.isascii() or not length.isdigit() or len(length) > 9 or int(length) > LARGEST_BODY:
+            return 413, f"A body has at most {LARGEST_BODY:,} bytes."
+        return None
