@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(MAKE) --keep-going --jobs=2 test-store test-rest
 
-STORE := $(wildcard tests/test_cache_*.py tests/test_trainer_*.py)
+STORE := $(wildcard $(patsubst %,tests/test_%_*.py,cache trainer judges study))
 
 test-store: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(STORE)

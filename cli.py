@@ -19,9 +19,11 @@ from .cli_ablate import ablate, print_ablation
 from .cli_cache import cache_app
 from .cli_export import export
 from .cli_extract import extract
+from .cli_judge import judge
 from .cli_quality import quality
 from .cli_rationales import rationales
 from .cli_report import report
+from .cli_study import study_app
 from .cli_train import train
 from .errors import ClvqError, Interrupted
 from .options import Device, Json, device_of
@@ -42,8 +44,10 @@ app.command()(export)
 app.command()(ablate)
 app.command()(rationales)
 app.command()(quality)
+app.command()(judge)
 app.command()(report)
 app.add_typer(cache_app, name="cache")
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from .evaluation.study.items import Key
     from .pipeline.language_model import LanguageModel
     from .pipeline.source import ModelSource
 
@@ -118,3 +119,18 @@ def load_model(source: "ModelSource", settings: dict[str, Any], *, device: "torc
     except ValidationError as error:
         raise ConfigError(f"the cache was made with settings that this clvq does not know: {error}") from error
     return load(source, config, device=device)
+
+
+def key_of_items(items: Path, given: Path | None) -> "Key | None":
+    """The key of an item file: the one given, else the one beside it, else none.
+
+    Raises
+    ------
+    DataNotFound, DataError, FormatVersion
+    """
+    from .evaluation.study.items import key_path, read_items, read_key
+
+    place = given or key_path(items)
+    if given is None and not place.is_file():
+        return None
+    return read_key(place, read_items(items)[1])

@@ -21,6 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "soak: a fault test with a long form")
+    config.addinivalue_line("markers", "llm: asks a real language model behind a real server on this machine")
+    config.addinivalue_line("markers", "browser: drives the pages in a real headless Chromium")
     config.stash[TOLD] = []
 
 

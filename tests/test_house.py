@@ -9,7 +9,7 @@ import clvq
 import pytest
 
 ROOT = Path(clvq.__file__).parent
-PARTS = ("cache", "cache.sharing", "pipeline", "trainer", "evaluation")
+PARTS = ("cache", "cache.sharing", "pipeline", "trainer", "evaluation", "evaluation.judges", "evaluation.study")
 FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part.replace(".", "/")).glob("*.py"))])
 # The command: it alone talks to a person, and may import everything.
 COMMAND = (
@@ -18,9 +18,11 @@ COMMAND = (
     "cli_cache",
     "cli_export",
     "cli_extract",
+    "cli_judge",
     "cli_quality",
     "cli_rationales",
     "cli_report",
+    "cli_study",
     "cli_train",
     "options",
     "terminal",
