@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from clvq.evaluation.study.items import Items, Key, key_path, read_items, read_key, write_items
 
 from .commands import Command, command_of
+from .judge_servers import ScriptedJudge, scripted
 from .study_maker import make_items
 from .study_processes import Server, an_answer, ask
 
@@ -67,6 +69,11 @@ def _take_part(link: str, classes: tuple[str, ...], generator: np.random.Generat
     return given
 
 
+def _worth(shown: Mapping[str, Any], concept: Mapping[str, Any]) -> float:
+    """What a judge makes of a concept that people answer by its first word."""
+    return 5.0 if concept["words"][0].startswith(f"{shown['predicted class']} ") else 1.0
+
+
 def test_a_study_of_scripted_annotators_finds_methods_and_controls_to_be_as_they_are(command: Command, tmp_path: Path):
     items = tmp_path / "items.json"
     made, _ = _controlled(items, items=60)
@@ -114,6 +121,13 @@ def test_a_study_of_scripted_annotators_finds_methods_and_controls_to_be_as_they
     assert (shown.code, shown.err) == (0, "")
     for part in ("again", "duplicate", "random", "failed an attention item: 1", "Krippendorff", "Fleiss", "at chance"):
         assert part in shown.out
+    with scripted(ScriptedJudge(_worth, noise=0.0)) as judges:
+        asked = ("judge", items, "--endpoint", judges.url, "--model", "fair", "--out", tmp_path / "judged")
+        assert command(*asked, "--concurrency", "8").code == 0
+    both = json.loads(command(*words, "--judged", tmp_path / "judged", "--json").out)["judges"]
+    assert both["items"] == 60
+    assert both["spearman"]["low"] > 0.5
+    assert "people and judges of" in command(*words, "--judged", tmp_path / "judged").out
     blind = command("study", "score", tmp_path / "study")
     assert "run-0" not in blind.out
     assert "methods go by their blind ids: give --key to see which is which" in blind.out
