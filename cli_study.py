@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,7 +105,7 @@ def _plain_items(result: "ItemsResult") -> dict[str, Any]:
         "digest": result.digest,
         "items": {kind: len(result.items.of_kind(kind)) for kind in ("main", "training", "attention")},
         "classes": result.items.classes,
-        "methods": {blind: method.model_dump(mode="json") for blind, method in sorted(result.names.items())},
+        "methods": result.items.methods,
         "sampling": result.items.sampling.model_dump(mode="json"),
     }
 
@@ -124,17 +125,14 @@ def _print_items(result: "ItemsResult") -> None:
             f"{share:.2f}" if stratum.items else "–",
         )
     put(table)
-    table = titled(
-        ["blind id", "role", "what it is"], "methods: this table is the key, which judges and people never see"
-    )
-    for blind, method in sorted(result.names.items()):
-        table.add_row(blind, method.role, printable(method.name))
-    put(table)
     counts = ", ".join(f"{len(made.of_kind(kind)):,} {kind}" for kind in ("main", "training", "attention"))
     put(f"{result.path}: {counts} items of {sampling.population:,} texts × {len(made.methods)} methods")
     for why, count in sampling.left_out.items():
         put(f"{count:,} texts {why} were not drawn from")
-    put(f"{result.key}: the key; keep it from those who judge")
+    roles = Counter(method.role for method in result.names.values())
+    controls = ", ".join(role for role in ("duplicate", "random") if roles[role]) or "none"
+    put(f"methods {', '.join(made.methods)}: {roles['run']} runs; controls: {controls}")
+    put(f"{result.key}: the key, which says which is which; keep it from those who judge")
 
 
 @study_app.command()

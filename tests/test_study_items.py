@@ -17,7 +17,7 @@ from clvq.evaluation.saliency import run_clean, salient_row
 from clvq.evaluation.study.items import Items, Sentence, Word, key_path, read_items, read_key
 from clvq.evaluation.study.make import ItemConfig, ItemsResult, make_items
 from clvq.evaluation.study.sampling import allocate, draw
-from clvq.evaluation.study.views import NOTHING, Portrait, equal_views
+from clvq.evaluation.study.views import NOTHING, Portrait, _trimmed, equal_views
 from clvq.trainer.fit import fit
 from clvq.trainer.methods import method_config
 from clvq.trainer.run import Run
@@ -265,6 +265,12 @@ def test_views_are_cut_to_the_shortest_and_empty_ones_do_not_count():
     }  # fmt: skip
     assert [part.word for part in views["a"].sentences] == ["1", "2", "3"]
     assert views["c"].empty
+
+
+def test_spaces_that_a_tokenizer_counts_to_a_word_stand_outside_of_it():
+    assert _trimmed("they", " rose ", "again") == ("they ", "rose", " again")
+    assert _trimmed("a", "b", "c") == ("a", "b", "c")
+    assert _trimmed("a", "  ", "c") == ("a", "  ", "c")
 
 
 def _damaged(path: Path, change: Any) -> Path:

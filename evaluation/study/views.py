@@ -84,7 +84,7 @@ def _portrait(
     owners = cache.text_index[cache.column("text")[rows]].tolist()
     contents, labels = cache.texts["text"], cache.texts["label"]
     said = {owner: contents[owner].as_py() for owner in set(owners)}
-    parts = [cut(cache, int(row), said[owner]) for row, owner in zip(rows, owners, strict=True)]
+    parts = [_trimmed(*cut(cache, int(row), said[owner])) for row, owner in zip(rows, owners, strict=True)]
     counts = Counter(word.lower() for _, word, _ in parts)
     if examples == "typical":
         order = sorted(range(len(members)), key=lambda place: -members[place][1])
@@ -109,6 +109,15 @@ def _portrait(
         sentences=tuple(taken.items()),
         labels=tuple(shares[label] / len(known) for label in range(classes)) if known else (),
     )
+
+
+def _trimmed(before: str, word: str, after: str) -> tuple[str, str, str]:
+    """The parts with the spaces around the word, which many tokenizers count to it, outside of it."""
+    bare = word.strip()
+    if not bare:
+        return before, word, after
+    start = word.index(bare)
+    return before + word[:start], bare, word[start + len(bare) :] + after
 
 
 def equal_views(
