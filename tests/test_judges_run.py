@@ -1,5 +1,6 @@
 """`clvq judge` against servers on loopback: every reply is kept, and known judges are found to be as they are."""
 
+import errno
 import json
 import threading
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clvq.cache.files import only_writer
-from clvq.errors import ConfigError, DataError, FolderInUse, Interrupted, RemoteUnreachable, ResumeMismatch
+from clvq.errors import ConfigError, DataError, DiskFull, FolderInUse, Interrupted, RemoteUnreachable, ResumeMismatch
 from clvq.evaluation.judges.config import CallConfig, JudgeConfig
 from clvq.evaluation.judges.judge import JudgeResult, judge, plan_calls
 from clvq.evaluation.results import plain
@@ -207,6 +208,27 @@ def test_an_outage_ends_the_run_and_loses_nothing(items: Path, tmp_path: Path):
         assert len((tmp_path / "calls.jsonl").read_bytes().splitlines()) == 6
         answered.release(100)
         assert _judge(items, tmp_path, server).tallies[0].valid == 16
+
+
+def test_a_full_disk_ends_the_run_and_leaves_whole_lines(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with scripted(FAIR) as server:
+        with monkeypatch.context() as full:
+            full.setattr("clvq.evaluation.judges.calls.os.fsync", fsync)
+            # The folder's own files are written by the same call.
+            full.setattr("clvq.evaluation.judges.judge.write_file", lambda path, data: path.write_bytes(data))
+            with pytest.raises(DiskFull, match=r"no room left on the disk while writing .*calls.jsonl"):
+                _judge(items, tmp_path, server)
+        kept = (tmp_path / "calls.jsonl").read_bytes()
+        assert kept.endswith(b"}\n")
+        assert _judge(items, tmp_path, server).tallies[0].valid == 16
+    assert (tmp_path / "calls.jsonl").read_bytes().startswith(kept)
 
 
 def test_a_server_of_junk_is_told_apart_from_a_judge(items: Path, tmp_path: Path):
