@@ -132,14 +132,14 @@ def marked_rows(
     # Where a text has no rows, its rationale is in none.
     why: list[str | None] = [NOT_FOUND] * len(number_of)
     for text in number_of:
-        if not _parts(parts[text].as_py(), field):
+        if not parts_of(parts[text].as_py(), field):
             why[number_of[text]] = ABSENT
     for rows in rows_by_text(cache, chosen):
         number = number_of[rows.text]
         if why[number] == ABSENT:
             continue
         own = rows.row[rows.ordinary()]
-        inside = _inside(texts[rows.text].as_py(), _parts(parts[rows.text].as_py(), field), starts[own], ends[own])
+        inside = _inside(texts[rows.text].as_py(), parts_of(parts[rows.text].as_py(), field), starts[own], ends[own])
         if inside.any():
             why[number] = WHOLE if inside.all() else None
         if why[number] is None:
@@ -147,7 +147,14 @@ def marked_rows(
     return marked, why
 
 
-def _parts(value: Any, field: str) -> list[str]:
+def parts_of(value: Any, field: str) -> list[str]:
+    """The parts of a text that a kept field names.
+
+    Raises
+    ------
+    ConfigError
+        Where it holds something else.
+    """
     parts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(part, str) for part in parts):
         raise ConfigError(

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from clvq.errors import ConfigError, DataError, DataNotFound, FolderInUse, Interrupted, MissingExtra
+from clvq.evaluation.guard import POLICY
 from clvq.evaluation.study.build import build
 from clvq.evaluation.study.database_file import read_answers
 from clvq.evaluation.study.folder import read_study
-from clvq.evaluation.study.guard import POLICY
 from clvq.evaluation.study.server import links, serve
 from clvq.evaluation.study.settings import StudySettings
 

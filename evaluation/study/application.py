@@ -4,9 +4,7 @@
 question. Nothing else is served, and no GET changes anything.
 """
 
-import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
@@ -16,9 +14,9 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ...cache.frozen import Frozen
 from ...errors import DiskFull, FolderInUse, MissingExtra
+from ..guard import Guard, body_of
 from .database import Database, Given, Standing
 from .folder import DATA, INDEX, PAGES, SCRIPTS, STYLE, Study
-from .guard import LARGEST_BODY, Guard
 from .pages import page_data, right_answer, script, shown
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp
 
-_PATIENCE_SECONDS = 30
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -125,13 +122,13 @@ def make_app(
 
     async def consent(request: "Request") -> "Response":
         annotator = annotator_of(request)
-        await _body(request)
+        await body_of(request)
         return JSONResponse(_standing(study, database.consent(annotator, now=now())))
 
     async def answers(request: "Request") -> "Response":
         annotator = annotator_of(request)
         try:
-            sent = AnswerBody.model_validate(await _body(request))
+            sent = AnswerBody.model_validate(await body_of(request))
         except ValidationError as error:
             raise HTTPException(400) from error
         if sent.answer >= len(study.items.classes):
@@ -181,24 +178,6 @@ def _files(study: Study) -> Mapping[str, bytes]:
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-
-
-async def _body(request: "Request") -> Any:
-    """The JSON of a request of bounded size, also where it does not say how long it is."""
-    from starlette.exceptions import HTTPException
-
-    data = bytearray()
-    try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            async for part in request.stream():
-                data += part
-                if len(data) > LARGEST_BODY:
-                    raise HTTPException(413)
-        return json.loads(data)
-    except TimeoutError as error:
-        raise HTTPException(408) from error
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400) from error
 
 
 def _standing(study: Study, standing: Standing) -> dict[str, Any]:

@@ -79,7 +79,12 @@ def paragraphs(text: str) -> list[str]:
 
 def script(data: dict[str, Any]) -> bytes:
     """Data as a script that defines it; no sign in it can end the script or be taken for markup."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return f"window.studyData = {safe_json(data)};\n".encode("ascii")
+
+
+def safe_json(value: Any) -> str:
+    """JSON that may stand in a script: ASCII, and no sign in it can end the script or be taken for markup."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return f"window.studyData = {text};\n".encode("ascii")
+    return text

@@ -1,28 +1,20 @@
 """Serve a study on this machine, until it is told to stop."""
 
 import logging
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ...cache.files import only_writer
 from ...errors import ConfigError, DataNotFound, Interrupted, MissingExtra
+from ..serving import LOOPBACK, address, listen, local_names, run_app
 from .application import make_app
 from .database import Database
 from .folder import ANSWERS, Study, read_study
 
-if TYPE_CHECKING:
-    import uvicorn
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_SHUTDOWN_SECONDS = 5
 _logger = logging.getLogger(__name__)
 
 
@@ -61,48 +53,31 @@ def serve(
         The study is being served already.
     DataNotFound, DataError, FormatVersion, DiskFull, MissingExtra
     """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise MissingExtra("serving a study needs starlette and uvicorn: pip install 'clvq[study]'") from error
-
+    if find_spec("uvicorn") is None:
+        raise MissingExtra("serving a study needs starlette and uvicorn: pip install 'clvq[study]'")
     study = read_study(folder)
     public = None if public_url is None else _checked(public_url)
     _check_host(host, public, expose=expose)
-    with only_writer(folder), closing(_listen(host, port)) as listener:
+    with only_writer(folder), closing(listen(host, port)) as listener:
         port = listener.getsockname()[1]
-        local = {f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in {*_LOOPBACK, host}}
+        local = local_names(host, port)
         hosts = local if public is None else {*local, urlsplit(public).netloc.lower()}
         origins = {f"http://{name}" for name in local}
         if public is not None:
             origins.add(f"{urlsplit(public).scheme}://{urlsplit(public).netloc}".lower())
         with closing(_database(study)) as database:
             tokens = database.tokens(max(study.settings.annotators, annotators or 0))
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    make_app(study, database, tokens, hosts=hosts, origins=origins),
-                    loop="asyncio",
-                    http="h11",
-                    ws="none",
-                    lifespan="off",
-                    log_config=None,
-                    log_level="warning",
-                    # Its lines would hold the secrets of the links.
-                    access_log=False,
-                    proxy_headers=False,
-                    server_header=False,
-                    timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-                )
-            )
-            with _signals(server) as received:
+            app = make_app(study, database, tokens, hosts=hosts, origins=origins)
+
+            def tell() -> None:
                 if ready is not None:
-                    ready(_links(tokens, public or f"http://{'[::1]' if host == '::1' else host}:{port}"))
-                server.run(sockets=[listener])
-    if received:
-        name = signal.Signals(received[0]).name
+                    ready(_links(tokens, public or address(host, port)))
+
+            received = run_app(app, listener, ready=tell)
+    if received is not None:
         raise Interrupted(
-            f"stopped by {name}; every answer is saved: run the same command again to go on",
-            signal_number=received[0],
+            f"stopped by {received.name}; every answer is saved: run the same command again to go on",
+            signal_number=received,
         )
 
 
@@ -143,7 +118,7 @@ def _checked(url: str) -> str:
 
 
 def _check_host(host: str, public: str | None, *, expose: bool) -> None:
-    if host in _LOOPBACK:
+    if host in LOOPBACK:
         return
     if not expose:
         raise ConfigError(
@@ -153,35 +128,3 @@ def _check_host(host: str, public: str | None, *, expose: bool) -> None:
     if host in ("", "0.0.0.0", "::") and public is None:
         raise ConfigError(f"{host!r} is no address that a link can name: give the one that people use as --public-url")
     _logger.warning("other machines can reach the study at %s, and what they send is not encrypted", host)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    if not 0 <= port <= 65_535:
-        raise ConfigError(f"port {port} is none: ports go from 1 to 65,535, and 0 takes one that is free")
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"port {port} of {host} cannot be used ({error}): another server may be using it; give another --port"
-        ) from error
-
-
-@contextmanager
-def _signals(server: "uvicorn.Server") -> Iterator[list[int]]:
-    """The signals that came; they stop the server, also before and after it listens to them by itself."""
-    received: list[int] = []
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        server.should_exit = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,9 +1,12 @@
-"""What stands between the network and the study: which requests get through, and what every response says."""
+"""What stands between the network and served pages: which requests get through, and what every response says."""
 
+import asyncio
+import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLICY = (
@@ -11,10 +14,10 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_BODY = 16_000
+_PATIENCE_SECONDS = 30
 _HEADERS = [
     (name.encode(), value.encode())
     for name, value in {
-        "content-security-policy": POLICY,
         "x-content-type-options": "nosniff",
         "x-frame-options": "DENY",
         # The secret of a link must not reach another site.
@@ -30,7 +33,7 @@ _HEADERS = [
 
 
 class Guard:
-    """Lets through what comes from the study's own pages.
+    """Lets through what comes from the server's own pages.
 
     A page of another site can make a browser send requests here (DNS rebinding, cross-site requests); the Host and
     the Origin tell them apart.
@@ -41,10 +44,30 @@ class Guard:
         Allowed values of the Host header.
     origins
         Allowed values of the Origin header of requests that change something.
+    policy
+        The content security policy of every response.
+    served
+        What refusals call what is served.
+    hint
+        What the refusal of another Host says of what to do.
+    largest
+        Bytes that a body may have.
     """
 
-    def __init__(self, app: "ASGIApp", *, hosts: Collection[str], origins: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: "ASGIApp",
+        *,
+        hosts: Collection[str],
+        origins: Collection[str],
+        policy: str = POLICY,
+        served: str = "study",
+        hint: str = " (see --public-url)",
+        largest: int = LARGEST_BODY,
+    ) -> None:
         self._app, self._hosts, self._origins = app, frozenset(hosts), frozenset(origins)
+        self._headers = [*_HEADERS, (b"content-security-policy", policy.encode())]
+        self._served, self._hint, self._largest = served, hint, largest
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
@@ -52,9 +75,9 @@ class Guard:
 
         async def send_headed(message: "Message") -> None:
             if message["type"] == "http.response.start":
-                ours = {name for name, _ in _HEADERS}
+                ours = {name for name, _ in self._headers}
                 theirs = [(name, value) for name, value in message["headers"] if name.lower() not in ours]
-                message = {**message, "headers": [*theirs, *_HEADERS]}
+                message = {**message, "headers": [*theirs, *self._headers]}
             await send(message)
 
         refusal = self._refusal(scope)
@@ -73,18 +96,42 @@ class Guard:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
         host = headers.get("host", [])
         if len(host) != 1 or host[0].lower() not in self._hosts:
-            return 421, "This name of the server is not one that the study is served under (see --public-url)."
+            return 421, f"This name of the server is not one that the {self._served} is served under{self._hint}."
         if scope["method"] in ("GET", "HEAD"):
             return None
         if scope["method"] != "POST":
             return 405, "Only GET, HEAD and POST are answered."
         origin = headers.get("origin", [])
         if len(origin) != 1 or origin[0].lower() not in self._origins:
-            return 403, "This request does not come from a page of the study."
+            return 403, f"This request does not come from a page of the {self._served}."
         kind = headers.get("content-type", [""])[0].split(";")[0].strip().lower()
         if kind != "application/json":
             return 415, "A change is sent as application/json."
         length = headers.get("content-length", ["0"])[0]
-        if not length.isascii() or not length.isdigit() or len(length) > 9 or int(length) > LARGEST_BODY:
-            return 413, f"A body has at most {LARGEST_BODY:,} bytes."
+        if not length.isascii() or not length.isdigit() or len(length) > 9 or int(length) > self._largest:
+            return 413, f"A body has at most {self._largest:,} bytes."
         return None
+
+
+async def body_of(request: "Request", *, largest: int = LARGEST_BODY) -> Any:
+    """The JSON of a request of bounded size, also where it does not say how long it is.
+
+    Raises
+    ------
+    starlette.exceptions.HTTPException
+        Where it is too long, too slow or no JSON.
+    """
+    from starlette.exceptions import HTTPException
+
+    data = bytearray()
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            async for part in request.stream():
+                data += part
+                if len(data) > largest:
+                    raise HTTPException(413)
+        return json.loads(data)
+    except TimeoutError as error:
+        raise HTTPException(408) from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400) from error
