@@ -1,5 +1,6 @@
 """The figures of a report: intervals by name, and effect against norm removed."""
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SHADE = "#F1F1F1"
 _LONGEST = 36
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @style()
@@ -149,6 +151,10 @@ def _legend(figure: "Figure", handles: list[Any]) -> None:
 
 
 def plain(text: str, *, longest: int = _LONGEST) -> str:
-    """Text that is drawn as it is: no mathematics, and no sign at its front that hides it from a legend."""
+    """Text that is drawn as it is: no mathematics, and no sign at its front that hides it from a legend.
+
+    Signs that XML forbids, and an SVG with them is none, are replaced.
+    """
+    text = _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
     short = text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
     return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
