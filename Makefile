@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/codebook_start.py --rows 80000
 	$(BIN)/python benchmarks/planted.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/explorer.py
 	$(BIN)/clvq demo --out demo
 	$(BIN)/python benchmarks/ablation.py demo/cache demo/run --model demo/model --max-texts 60
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from . import __version__
 from .cli_ablate import ablate, print_ablation
 from .cli_cache import cache_app
+from .cli_explore import explore
 from .cli_export import export
 from .cli_extract import extract
 from .cli_judge import judge
@@ -45,6 +46,7 @@ app.command()(ablate)
 app.command()(rationales)
 app.command()(quality)
 app.command()(judge)
+app.command()(explore)
 app.command()(report)
 app.add_typer(cache_app, name="cache")
 app.add_typer(study_app, name="study")

@@ -17,9 +17,16 @@ def report(
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds of another report.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put all results below a folder into one report with tables and figures, as Markdown, HTML and JSON."""
-    from .evaluation.report import report as make_report
+    """Put all results below a folder into one report with tables and figures, as Markdown, HTML and JSON.
 
+    Of a site that `clvq explore` wrote, the charts alone, as SVG and PNG.
+    """
+    from .evaluation.report import report as make_report
+    from .explorer.folder import SITE
+
+    if (folder / SITE).is_file():
+        _charts(folder, out or folder.with_name(f"{folder.resolve().name}-charts"), as_json=as_json)
+        return
     result = make_report(folder, out, title=title, force=force)
     for left in result.left_out:
         say(f"left out: {left.path}: {left.why}")
@@ -32,3 +39,13 @@ def report(
         f"{result.figures:,} figures"
     )
     put("report.html and report.md are for people; report.json has every number with its file and place")
+
+
+def _charts(site: Path, out: Path, *, as_json: bool) -> None:
+    from .explorer.figures import write_figures
+
+    drawn = write_figures(site, out)
+    if as_json:
+        print_json({"path": out, "figures": drawn})
+        return
+    put(f"{out}: {len(drawn)} charts of {site}, as SVG and PNG")

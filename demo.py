@@ -122,9 +122,12 @@ def _take(out: Path) -> None:
 
 def _next_commands(out: Path) -> list[str]:
     cache, model, run, paper = (shlex.quote(str(out / name)) for name in ("cache", "model", "run", "run-paper"))
-    both, whole = (shlex.quote(str(out / name)) for name in ("ablation-both", "ablation-all"))
+    ablation, both, whole = (shlex.quote(str(out / name)) for name in ("ablation", "ablation-both", "ablation-all"))
+    site, items = (shlex.quote(str(out / name)) for name in ("site", "items.json"))
     sites = f"--lower {LOWER} --upper {UPPER} --held-out dev"
     return [
+        f"explore {cache} {run} --ablation {ablation} --model {model} --out {site} --serve",
+        f"study items {cache} {run} --model {model} --out {items}",
         f"cache info {cache}",
         f"train {cache} {sites} --preset paper --set fit.epochs=2 --out {paper}",
         f"ablate {cache} {run} {paper} --model {model} --out {both}",

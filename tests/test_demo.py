@@ -50,7 +50,19 @@ def test_the_commands_at_its_end_work_in_a_folder_with_spaces(
     small = ["--codes", "8", *(word for setting in settings for word in ("--set", setting))]
     sites = ["--lower", "1", "--upper", "3", "--held-out", "dev", "--set", "encoder.epochs=1"]
     clvq(["train", str(out / "cache"), *sites, *small, "--out", str(out / "run")])
+    clvq(
+        [
+            "ablate",
+            *(str(out / name) for name in ("cache", "run")),
+            "--model",
+            str(out / "model"),
+            "--out",
+            str(out / "ablation"),
+        ]
+    )
     for command in demo._next_commands(out):
-        words = shlex.split(command)
+        # Serving would go on until it is told to stop.
+        words = [word for word in shlex.split(command) if word != "--serve"]
         clvq([*words, *small] if words[0] == "train" else words)
     assert (out / "ablation-all" / "ablation.json").is_file()
+    assert (out / "site" / "index.html").is_file()

@@ -9,13 +9,23 @@ import clvq
 import pytest
 
 ROOT = Path(clvq.__file__).parent
-PARTS = ("cache", "cache.sharing", "pipeline", "trainer", "evaluation", "evaluation.judges", "evaluation.study")
+PARTS = (
+    "cache",
+    "cache.sharing",
+    "pipeline",
+    "trainer",
+    "evaluation",
+    "evaluation.judges",
+    "evaluation.study",
+    "explorer",
+)
 FILES = sorted([*ROOT.glob("*.py"), *(file for part in PARTS for file in (ROOT / part.replace(".", "/")).glob("*.py"))])
 # The command: it alone talks to a person, and may import everything.
 COMMAND = (
     "cli",
     "cli_ablate",
     "cli_cache",
+    "cli_explore",
     "cli_export",
     "cli_extract",
     "cli_judge",
@@ -35,6 +45,7 @@ ALLOWED = {
     "pipeline": {"pipeline", "cache"},
     "trainer": {"trainer", "cache"},
     "evaluation": {"evaluation", "trainer", "cache", "pipeline.language_model"},
+    "explorer": {"explorer", "evaluation", "trainer", "cache", "pipeline.language_model"},
     "demo": {"cache", "pipeline", "trainer", "evaluation"},
     **{name: set() for name in COMMON},
     "__init__": {"cache"},
