@@ -3,17 +3,16 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Device, Force, Json, Seed, device_of, load_model, model_of, names, settings_of
+from .options import Device, Force, Json, Seed, device_of, model_loader, named, names, settings_of
 from .terminal import interval, print_json, progress_bars, put, titled
 
 if TYPE_CHECKING:
     from .evaluation.ablate import AblateResult
     from .evaluation.tables import GroupLine, Line
-    from .pipeline.language_model import LanguageModel
 
 _CONCEPTS = 15
 
@@ -76,14 +75,8 @@ def ablate(
         max_texts=max_texts,
         seed=seed,
     )
-    identity: dict[str, Any] = opened.manifest.identity
-
-    def load() -> "LanguageModel":
-        source = model_of(identity["model"], model, what=str(cache))
-        return load_model(source, identity["settings"], device=where)
-
-    called = [path.resolve().name for path in runs]
-    labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
+    load = model_loader(opened.manifest.identity, model, what=cache, device=where)
+    labelled = named(runs)
     with progress_bars() as progress:
         result = run_ablate(opened, labelled, out, load, config, progress=progress, force=force)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, Force, Json, Seed, device_of, load_model, model_of, settings_of
+from .options import Device, Force, Json, Seed, device_of, load_model, model_of, named, settings_of
 from .terminal import print_json, progress_bars, put, say
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def explore(
 
     opened = open_cache(cache)
     config = settings_of(ExploreConfig, title=title, max_texts=max_texts, rationale=rationale, seed=seed)
-    called = [path.resolve().name for path in runs]
-    labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
+    labelled = named(runs)
     with progress_bars() as progress:
         result = build(opened, labelled, out, config, ablation=ablation, progress=progress, force=force)
     drawn = _draw(out, figures)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .errors import MissingExtra
-from .options import Force, Json, Seed, names, settings_of
+from .options import Force, Json, Seed, named, names, settings_of
 from .terminal import print_json, printable, progress_bars, put, say
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def quality(
     opened = open_cache(cache)
     config = settings_of(QualityConfig, split=tuple(names(split)), rationale=rationale, seed=seed)
     tagger = None if pos is False else _tagger(asked=pos is True)
-    called = [path.resolve().name for path in runs]
-    labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
+    labelled = named(runs)
     with progress_bars() as progress:
         result = measure(opened, labelled, out, config, tagger=tagger, progress=progress, force=force)
     if as_json:

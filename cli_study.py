@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import ConfigError, DataNotFound
-from .options import Device, Json, Seed, device_of, load_model, model_of, names, settings_of
+from .options import Device, Json, Seed, device_of, model_loader, named, names, settings_of
 from .terminal import interval, print_json, printable, progress_bars, put, titled
 
 if TYPE_CHECKING:
     from .evaluation.study.make import ItemsResult
     from .evaluation.study.method_scores import MethodTable
     from .evaluation.study.score import StudyScore
-    from .pipeline.language_model import LanguageModel
 
 study_app = typer.Typer(
     name="study",
@@ -82,14 +81,8 @@ def items(
         classes=tuple(names(classes)),
         seed=seed,
     )
-    identity: dict[str, Any] = opened.manifest.identity
-
-    def load() -> "LanguageModel":
-        source = model_of(identity["model"], model, what=str(cache))
-        return load_model(source, identity["settings"], device=where)
-
-    called = [path.resolve().name for path in runs]
-    labelled = {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
+    load = model_loader(opened.manifest.identity, model, what=cache, device=where)
+    labelled = named(runs)
     with progress_bars() as progress:
         result = make_items(opened, labelled, out, load, config, progress=progress, force=force)
     if as_json:

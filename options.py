@@ -1,7 +1,7 @@
 """Options that several commands share, and how their text becomes settings."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,12 @@ Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 def names(text: str) -> list[str]:
     """The parts of a comma-separated option."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def named(runs: list[Path]) -> dict[str, Path]:
+    """Runs by the names of their folders; by their paths where two have the same name."""
+    called = [path.resolve().name for path in runs]
+    return {name if called.count(name) == 1 else str(path): path for name, path in zip(called, runs, strict=True)}
 
 
 def settings_of(model: Any, **values: Any) -> Any:
@@ -105,6 +111,17 @@ def model_of(made_with: dict[str, Any], given: str | None, *, what: str) -> "Mod
     source = find_model(given or made_with["name"], revision=None if given else made_with["commit"])
     source.require_identity(made_with)
     return source
+
+
+def model_loader(
+    identity: dict[str, Any], given: str | None, *, what: str, device: "torch.device"
+) -> Callable[[], "LanguageModel"]:
+    """Loads the model that a cache of this identity was made with, once it is needed; see `model_of`."""
+
+    def load() -> "LanguageModel":
+        return load_model(model_of(identity["model"], given, what=what), identity["settings"], device=device)
+
+    return load
 
 
 def load_model(source: "ModelSource", settings: dict[str, Any], *, device: "torch.device") -> "LanguageModel":
