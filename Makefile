@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(MAKE) --keep-going --jobs=2 test-store test-rest
 
-STORE := $(wildcard $(patsubst %,tests/test_%_*.py,cache trainer judges study))
+STORE := $(wildcard $(patsubst %,tests/test_%_*.py,cache trainer judges study) tests/test_explorer_pages*.py)
 
 test-store: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(STORE)

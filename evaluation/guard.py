@@ -14,6 +14,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_BODY = 16_000
+_MOST_DRAINED, _DRAIN_SECONDS = 1 << 20, 2
 _PATIENCE_SECONDS = 30
 _HEADERS = [
     (name.encode(), value.encode())
@@ -84,6 +85,7 @@ class Guard:
         if refusal is None:
             await self._app(scope, receive, send_headed)
             return
+        await _drained(receive)
         status, text = refusal
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
         await send_headed({"type": "http.response.start", "status": status, "headers": headers})
@@ -113,6 +115,23 @@ class Guard:
         return None
 
 
+async def _drained(receive: "Receive") -> None:
+    """Read what comes with a request that is refused, within bounds.
+
+    Closed over what it has not read, a connection is reset, and whoever asked may never see the answer.
+    """
+    left = _MOST_DRAINED
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                left -= len(message.get("body", b""))
+    except TimeoutError:
+        return
+
+
 async def body_of(request: "Request", *, largest: int = LARGEST_BODY) -> Any:
     """The JSON of a request of bounded size, also where it does not say how long it is.
 
@@ -123,13 +142,18 @@ async def body_of(request: "Request", *, largest: int = LARGEST_BODY) -> Any:
     """
     from starlette.exceptions import HTTPException
 
-    data = bytearray()
+    data, size = bytearray(), 0
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
             async for part in request.stream():
-                data += part
-                if len(data) > largest:
-                    raise HTTPException(413)
+                size += len(part)
+                # Read on for a while, so that the refusal is seen.
+                if size > largest + _MOST_DRAINED:
+                    break
+                if size <= largest:
+                    data += part
+        if size > largest:
+            raise HTTPException(413)
         return json.loads(data)
     except TimeoutError as error:
         raise HTTPException(408) from error

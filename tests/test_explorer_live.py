@@ -289,7 +289,7 @@ def test_a_wrong_question_gets_one_line(running, path, body, status, error):
 
 
 def test_a_body_that_is_too_long_is_refused(running):
-    assert asked(running.port, "POST", "/api/text", {"text": "x" * 20_000})[0] == 413
+    assert asked(running.port, "POST", "/api/text", {"text": "x" * 120_000})[0] == 413
 
 
 _CODE = """
