@@ -28,9 +28,9 @@ clvq.overview = (() => {
     return element(
       "p",
       { class: "lead" },
-      "The model ",
+      "The model “",
       named(site.made.model, 60),
-      " reads a text as rows of numbers, one for each word or part of a word. ",
+      "” reads a text as rows of numbers, one for each word or part of a word. ",
       named(info.method, 30),
       ` sorted these rows into ${plural(run.size, "concept")}, on their way from layer `,
       paths(run),
