@@ -298,12 +298,12 @@ def score(
     from .evaluation.study.answer_files import read_answer_files
     from .evaluation.study.database_file import read_answers
     from .evaluation.study.folder import ANSWERS, ITEMS, read_study
-    from .evaluation.study.items import read_items, read_key
+    from .evaluation.study.items import read_key
     from .evaluation.study.potato import read_potato
     from .evaluation.study.score import score as score_study
 
     study = read_study(folder)
-    digest = read_items(folder / ITEMS)[1]
+    digest = study.items_sha256
     served = read_answers(folder / ANSWERS) if (folder / ANSWERS).exists() else []
     given = [*served, *read_answer_files(answers or [], study)]
     if potato_folder is not None:

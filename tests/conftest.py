@@ -1,7 +1,7 @@
 """What all tests share: no network, one thread, a small cache, tiny models."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return make_model(tmp_path_factory.mktemp(family), family, **settings)
 
     return made
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One browser for all tests of a file."""
+    from .study_browser import browser, need_browser
+
+    need_browser()
+    with browser(tmp_path_factory.mktemp("desk") / "person") as driver:
+        yield driver
+
+
+@pytest.fixture
+def driver(opened: Any) -> Iterator[Any]:
+    """That browser with no message of an earlier test, at a desk, by day."""
+    from .study_browser import colours, screen
+
+    opened.get_log("browser")
+    screen(opened, width=1280)
+    colours(opened, "light")
+    yield opened
+    opened.get("about:blank")

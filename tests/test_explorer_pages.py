@@ -18,28 +18,10 @@ from .explorer_browser import (
     visit,
 )
 from .explorer_site import make_site, read_data
-from .study_browser import browser, colours, heading, need_browser, press, screen, until
+from .study_browser import heading, press, until
 
 pytestmark = pytest.mark.timeout(120)
 ENTER, TAB, ESCAPE, RIGHT, DOWN = "\ue007", "\ue004", "\ue00c", "\ue014", "\ue015"
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """One browser for all tests."""
-    need_browser()
-    with browser(tmp_path_factory.mktemp("desk") / "person") as driver:
-        yield driver
-
-
-@pytest.fixture
-def driver(opened):
-    """With no message of an earlier test, at a desk, by day."""
-    opened.get_log("browser")
-    screen(opened, width=1280)
-    colours(opened, "light")
-    yield opened
-    opened.get("about:blank")
 
 
 @pytest.fixture(scope="module")

@@ -6,30 +6,12 @@ import pytest
 
 from .explorer_browser import VIEWS, LiveServer, address, all_text, click, errors_in, ready, texts_of, theme, visit
 from .explorer_site import ASSETS, make_site
-from .study_browser import accessible, browser, colours, heading, need_browser, screen, until
+from .study_browser import accessible, colours, heading, screen, until
 from .study_maker import HOSTILE
 
 pytestmark = pytest.mark.timeout(120)
 # What a page shows where something was forgotten.
 UNSAID = re.compile(r"\b(null|undefined|NaN|Infinity|\[object)\b")
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """One browser for all tests."""
-    need_browser()
-    with browser(tmp_path_factory.mktemp("desk") / "person") as driver:
-        yield driver
-
-
-@pytest.fixture
-def driver(opened):
-    """With no message of an earlier test, at a desk, by day."""
-    opened.get_log("browser")
-    screen(opened, width=1280)
-    colours(opened, "light")
-    yield opened
-    opened.get("about:blank")
 
 
 @pytest.fixture(scope="module")

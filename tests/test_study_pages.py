@@ -39,14 +39,6 @@ def _browser():
     need_browser()
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """One browser for the tests that do with one person."""
-    need_browser()
-    with browser(tmp_path_factory.mktemp("desk") / "person") as driver:
-        yield driver
-
-
 @pytest.fixture
 def driver(opened):
     """With no message of an earlier test."""

@@ -62,6 +62,8 @@ class Study:
     folder: Path
     settings: StudySettings
     items: Items
+    items_sha256: str
+    """Digest of the item file that it was built from."""
     booklets: tuple[tuple[Question, ...], ...]
     digest: str
     """SHA-256 of `study.json`; answers are bound to it."""
@@ -109,4 +111,4 @@ def read_study(folder: Path) -> Study:
     if digest != found.items_sha256:
         raise DataError(f"{folder / ITEMS} is not the item file that the study was built from: build the study again")
     booklets = tuple(tuple(asked.question for asked in one) for one in found.booklets)
-    return Study(folder, found.settings, items, booklets, hashlib.sha256(data).hexdigest())
+    return Study(folder, found.settings, items, digest, booklets, hashlib.sha256(data).hexdigest())
